@@ -1,0 +1,43 @@
+"""The only importer of the compiled module `_C`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch  # maps the OpenMP runtime that _C shares with torch; must come first
+
+_module: ModuleType | None
+unavailable_reason: str | None
+try:
+    from sam_fast import _C as _module  # type: ignore[attr-defined, no-redef]
+
+    unavailable_reason = None
+except ImportError as error:
+    _module = None
+    unavailable_reason = f"the compiled module sam_fast._C could not be imported: {error}"
+
+
+def module() -> ModuleType:
+    """Return the compiled module.
+
+    Raises:
+        RuntimeError: it is not installed, with the reason.
+    """
+    if _module is None:
+        raise RuntimeError(unavailable_reason)
+    return _module
+
+
+def is_available() -> bool:
+    """Whether the compiled module was imported."""
+    return _module is not None
+
+
+def cpu_level() -> str:
+    """The instruction set of the CPU kernels: base, avx2 or avx512 (lowered by the variable SAM_FAST_CPU)."""
+    return str(module().cpu_level())
+
+
+def num_threads() -> int:
+    """How many OpenMP threads a native operation uses: as many as torch does."""
+    return torch.get_num_threads()

@@ -1,0 +1,1 @@
+"""The operations behind sam_fast: each one public function, a native implementation and a PyTorch reference."""

@@ -1,0 +1,54 @@
+"""Which implementation of an operation runs: one table, one function.
+
+Backends are `native` (C++ on the CPU) and `torch` (the reference, on any device). Asking for one by name either
+gets it or raises with the reason; `auto` takes the first of the device's row that is available.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sam_fast import native
+
+# operation -> device type -> backends in order of preference
+OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "nms": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+}
+
+
+def unavailable_reason(operation: str, backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run `operation` on `device_type`, or None if it can."""
+    if backend not in OPERATIONS[operation].get(device_type, ("torch",)):
+        return f"{operation} has no {backend!r} backend for {device_type} tensors"
+    if backend == "native":
+        return native.unavailable_reason
+    return None
+
+
+def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> str:
+    """Return the backend that runs `operation` on `tensors`.
+
+    Raises:
+        ValueError: `requested` is unknown or the tensors lie on different devices.
+        RuntimeError: `requested` was named and cannot run, or a native backend was given a tensor that needs a gradient.
+    """
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"{operation}: tensors are on different devices: {sorted(map(str, devices))}")
+    device_type = devices.pop().type if devices else "cpu"
+    candidates = OPERATIONS[operation].get(device_type, ("torch",))
+    if requested == "auto":
+        backend = next(b for b in candidates if unavailable_reason(operation, b, device_type) is None)
+    elif requested in ("native", "torch"):
+        reason = unavailable_reason(operation, requested, device_type)
+        if reason is not None:
+            raise RuntimeError(reason)
+        backend = requested
+    else:
+        raise ValueError(f"backend must be auto, native or torch, got {requested!r}")
+    if backend != "torch" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{operation}: the {backend} backend is inference-only; detach the input or use torch.no_grad()")
+    return backend
