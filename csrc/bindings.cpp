@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu_features.h"
+#include "packed_masks.h"
+#include "rle.h"
 #include "tensor.h"
 
 namespace py = pybind11;
@@ -12,6 +14,110 @@ namespace {
 
 TensorView view(const py::handle& object, const char* name) { return TensorView(object.ptr(), name); }
 
+// The start of each mask's part of a flat array of `size` elements, checked to lie in it.
+const int64_t* offsets_into(const TensorView& offsets, int64_t size) {
+  const int64_t* data = offsets.cpu<int64_t>({-1});
+  const int64_t n = offsets.size(0) - 1;
+  bool ascending = n >= 0 && data[0] >= 0 && data[n] <= size;
+  for (int64_t i = 0; ascending && i < n; ++i) ascending = data[i] <= data[i + 1];
+  if (!ascending) throw std::invalid_argument("offsets must ascend and lie inside the flat array");
+  return data;
+}
+
+Placement checked_placement(const TensorView& bits, int64_t width, int64_t canvas_height, int64_t canvas_width,
+                            int64_t x0, int64_t y0) {
+  const Placement place{bits.size(1), width, canvas_height, canvas_width, x0, y0};
+  if (width < 0 || x0 < 0 || y0 < 0 || x0 + width > canvas_width || y0 + place.height > canvas_height) {
+    throw std::invalid_argument("the mask must lie inside the canvas");
+  }
+  return place;
+}
+
+void bind_packed_masks(py::module_& m) {
+  m.def("pack_masks", [](py::handle bits_, py::handle masks_, int num_threads) {
+    const TensorView bits = view(bits_, "bits"), masks = view(masks_, "masks");
+    const bool* in = masks.cpu<bool>({-1, -1});
+    const int64_t rows = masks.size(0), width = masks.size(1);
+    uint8_t* out = bits.cpu<uint8_t>({rows, row_bytes(width)});
+    py::gil_scoped_release unlocked;
+    pack_masks(out, in, rows, width, num_threads);
+  });
+  m.def("unpack_masks", [](py::handle masks_, py::handle bits_, int num_threads) {
+    const TensorView masks = view(masks_, "masks"), bits = view(bits_, "bits");
+    bool* out = masks.cpu<bool>({-1, -1});
+    const int64_t rows = masks.size(0), width = masks.size(1);
+    const uint8_t* in = bits.cpu<uint8_t>({rows, row_bytes(width)});
+    py::gil_scoped_release unlocked;
+    unpack_masks(out, in, rows, width, num_threads);
+  });
+}
+
+void bind_rle(py::module_& m) {
+  m.def("rle_offsets", [](py::handle offsets_, py::handle bits_, int64_t width, int64_t canvas_height,
+                          int64_t canvas_width, int64_t x0, int64_t y0, int num_threads) {
+    const TensorView offsets = view(offsets_, "offsets"), bits = view(bits_, "bits");
+    const uint8_t* in = bits.cpu<uint8_t>({-1, -1, row_bytes(width)});
+    const Placement place = checked_placement(bits, width, canvas_height, canvas_width, x0, y0);
+    const int64_t n = bits.size(0);
+    int64_t* out = offsets.cpu<int64_t>({n + 1});
+    py::gil_scoped_release unlocked;
+    rle_offsets(out, in, n, place, num_threads);
+  });
+  m.def("rle_encode", [](py::handle counts_, py::handle offsets_, py::handle bits_, int64_t width,
+                         int64_t canvas_height, int64_t canvas_width, int64_t x0, int64_t y0, int num_threads) {
+    const TensorView counts = view(counts_, "counts"), offsets = view(offsets_, "offsets"), bits = view(bits_, "bits");
+    const uint8_t* in = bits.cpu<uint8_t>({-1, -1, row_bytes(width)});
+    const Placement place = checked_placement(bits, width, canvas_height, canvas_width, x0, y0);
+    const int64_t n = bits.size(0);
+    int64_t* out = counts.cpu<int64_t>({-1});
+    const int64_t* starts = offsets_into(offsets, counts.size(0));
+    if (offsets.size(0) != n + 1) throw std::invalid_argument("offsets must have one entry more than there are masks");
+    py::gil_scoped_release unlocked;
+    rle_encode(out, starts, in, n, place, num_threads);
+  });
+  m.def("rle_decode", [](py::handle bits_, py::handle counts_, py::handle offsets_, int64_t width, int num_threads) {
+    const TensorView bits = view(bits_, "bits"), counts = view(counts_, "counts"), offsets = view(offsets_, "offsets");
+    const int64_t* in = counts.cpu<int64_t>({-1});
+    const int64_t* starts = offsets_into(offsets, counts.size(0));
+    const int64_t n = offsets.size(0) - 1;
+    uint8_t* out = bits.cpu<uint8_t>({n, -1, row_bytes(width)});
+    const int64_t height = bits.size(1);
+    py::gil_scoped_release unlocked;
+    return rle_decode(out, in, starts, n, height, width, num_threads);
+  });
+  m.def("rle_compressed_offsets", [](py::handle string_offsets_, py::handle counts_, py::handle offsets_) {
+    const TensorView string_offsets = view(string_offsets_, "string_offsets"), counts = view(counts_, "counts"),
+                     offsets = view(offsets_, "offsets");
+    const int64_t* in = counts.cpu<int64_t>({-1});
+    const int64_t* starts = offsets_into(offsets, counts.size(0));
+    const int64_t n = offsets.size(0) - 1;
+    int64_t* out = string_offsets.cpu<int64_t>({n + 1});
+    py::gil_scoped_release unlocked;
+    rle_compressed_offsets(out, in, starts, n);
+  });
+  m.def("rle_compress",
+        [](py::handle text_, py::handle string_offsets_, py::handle counts_, py::handle offsets_, int num_threads) {
+          const TensorView text = view(text_, "text"), string_offsets = view(string_offsets_, "string_offsets"),
+                           counts = view(counts_, "counts"), offsets = view(offsets_, "offsets");
+          const int64_t* in = counts.cpu<int64_t>({-1});
+          const int64_t* starts = offsets_into(offsets, counts.size(0));
+          uint8_t* out = text.cpu<uint8_t>({-1});
+          const int64_t* string_starts = offsets_into(string_offsets, text.size(0));
+          const int64_t n = offsets.size(0) - 1;
+          if (string_offsets.size(0) != n + 1) throw std::invalid_argument("string_offsets must be as long as offsets");
+          py::gil_scoped_release unlocked;
+          rle_compress(out, string_starts, in, starts, n, num_threads);
+        });
+  m.def("rle_decompress", [](py::handle counts_, py::handle text_) {
+    const TensorView counts = view(counts_, "counts"), text = view(text_, "text");
+    const uint8_t* in = text.cpu<uint8_t>({-1});
+    const int64_t length = text.size(0);
+    int64_t* out = counts.cpu<int64_t>({length});
+    py::gil_scoped_release unlocked;
+    return rle_decompress(out, in, length);
+  });
+}
+
 }  // namespace
 }  // namespace sam_fast
 
@@ -20,4 +126,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native operations of sam_fast. Use sam_fast.ops.";
   m.attr("built_with_cuda") = bool(SAM_FAST_WITH_CUDA);
   m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
+  bind_packed_masks(m);
+  bind_rle(m);
 }

@@ -13,6 +13,7 @@ from sam_fast import native
 # operation -> device type -> backends in order of preference
 OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "packed_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "nms": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},

@@ -1,0 +1,75 @@
+#include "packed_masks.h"
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace sam_fast {
+namespace {
+
+// Below this many pixels a parallel region costs more than it saves.
+constexpr int64_t kParallelPixels = 1 << 16;
+
+// One word from 64 bytes, of which any non-zero one is a set pixel.
+uint64_t pack_word(const uint8_t* pixels) {
+#if defined(__SSE2__)
+  const __m128i zero = _mm_setzero_si128();
+  uint64_t clear = 0;
+  for (int i = 0; i < 4; ++i) {
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(pixels + 16 * i));
+    clear |= static_cast<uint64_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(sixteen, zero))) << (16 * i);
+  }
+  return ~clear;
+#else
+  uint64_t word = 0;
+  for (int i = 0; i < 64; ++i) word |= static_cast<uint64_t>(pixels[i] != 0) << i;
+  return word;
+#endif
+}
+
+// The eight bytes (0 or 1) of the eight pixels in `byte`: copy the byte into all eight lanes, keep bit i in lane i and
+// turn "non-zero" into 1 by an addition that carries into the top bit of the lane and never out of it.
+uint64_t unpack_byte(uint8_t byte) {
+  const uint64_t lanes = (byte * uint64_t{0x0101010101010101}) & uint64_t{0x8040201008040201};
+  return ((lanes + uint64_t{0x7f7f7f7f7f7f7f7f}) >> 7) & uint64_t{0x0101010101010101};
+}
+
+struct UnpackTable {
+  uint64_t lanes[256];
+  UnpackTable() {
+    for (int byte = 0; byte < 256; ++byte) lanes[byte] = unpack_byte(static_cast<uint8_t>(byte));
+  }
+};
+
+}  // namespace
+
+void pack_masks(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, int num_threads) {
+  const uint8_t* pixels = reinterpret_cast<const uint8_t*>(masks);
+  const int64_t whole = width / 64, stride = row_bytes(width);
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (rows * width >= kParallelPixels)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* in = pixels + row * width;
+    uint8_t* out = bits + row * stride;
+    for (int64_t k = 0; k < whole; ++k) store_word(out, k, pack_word(in + 64 * k));
+    if (width % 64 != 0) {
+      uint8_t tail[64] = {};
+      std::memcpy(tail, in + 64 * whole, static_cast<size_t>(width % 64));
+      store_word(out, whole, pack_word(tail));
+    }
+  }
+}
+
+void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width, int num_threads) {
+  static const UnpackTable table;
+  uint8_t* pixels = reinterpret_cast<uint8_t*>(masks);
+  const int64_t whole = width / 8, stride = row_bytes(width);
+#pragma omp parallel for num_threads(num_threads) schedule(static) if (rows * width >= kParallelPixels)
+  for (int64_t row = 0; row < rows; ++row) {
+    const uint8_t* in = bits + row * stride;
+    uint8_t* out = pixels + row * width;
+    for (int64_t k = 0; k < whole; ++k) std::memcpy(out + 8 * k, &table.lanes[in[k]], 8);
+    if (width % 8 != 0) std::memcpy(out + 8 * whole, &table.lanes[in[whole]], static_cast<size_t>(width % 8));
+  }
+}
+
+}  // namespace sam_fast
