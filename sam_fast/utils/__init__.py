@@ -1,0 +1,1 @@
+"""The module paths of `segment_anything.utils`: amg, transforms and onnx."""

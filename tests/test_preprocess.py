@@ -1,0 +1,206 @@
+"""Every kind of image a user may pass, and its way to the model's input."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sam_fast.preprocess import prepare_image, read_image
+from tests.oracle import official
+
+OfficialResize = official.utils.transforms.ResizeLongestSide
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (13, 21, 3), dtype=np.uint8)
+
+
+def assert_is_rgb(result: np.ndarray, expected: np.ndarray) -> None:
+    assert result.dtype == np.uint8 and result.flags.c_contiguous
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("layout", ["plain", "read_only", "negative_strides", "strided", "fortran", "transposed"])
+def test_arrays_of_any_layout(rgb, layout):
+    image = {
+        "plain": lambda: rgb,
+        "read_only": lambda: np.frombuffer(rgb.tobytes(), np.uint8).reshape(rgb.shape),
+        "negative_strides": lambda: rgb[::-1, ::-1],
+        "strided": lambda: rgb[::2, 1::3],
+        "fortran": lambda: np.asfortranarray(rgb),
+        "transposed": lambda: rgb.transpose(1, 0, 2),
+    }[layout]()
+    before = image.copy()
+    assert_is_rgb(read_image(image), image)
+    np.testing.assert_array_equal(image, before)
+
+
+def test_contiguous_rgb_is_not_copied(rgb):
+    assert np.shares_memory(read_image(rgb), rgb)
+
+
+def test_bgr_arrays_are_turned(rgb):
+    assert_is_rgb(read_image(rgb, "BGR"), rgb[:, :, ::-1])
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_alpha_is_dropped(rgb, image_format):
+    alpha = np.full((*rgb.shape[:2], 1), 7, np.uint8)
+    ordered = rgb if image_format == "RGB" else rgb[:, :, ::-1]
+    assert_is_rgb(read_image(np.concatenate([ordered, alpha], axis=2), image_format), rgb)
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_gray_becomes_three_equal_channels(rgb, image_format):
+    gray = rgb[:, :, 0]
+    expected = np.stack([gray] * 3, axis=2)
+    for image in [gray, gray[:, :, None], torch.from_numpy(gray.copy()), torch.from_numpy(gray.copy())[None]]:
+        assert_is_rgb(read_image(image, image_format), expected)
+
+
+def test_tensors_have_channels_first(rgb):
+    tensor = torch.from_numpy(rgb).permute(2, 0, 1)
+    assert_is_rgb(read_image(tensor), rgb)
+    assert_is_rgb(read_image(tensor.contiguous()), rgb)
+    assert_is_rgb(read_image(tensor.flip(0), "BGR"), rgb)
+    with_alpha = torch.cat([tensor, torch.full((1, *tensor.shape[1:]), 9, dtype=torch.uint8)])
+    assert_is_rgb(read_image(with_alpha), rgb)
+
+
+def test_pillow_modes_with_colour(rgb):
+    image = Image.fromarray(rgb)
+    assert_is_rgb(read_image(image), rgb)
+    assert_is_rgb(read_image(image, "BGR"), rgb)  # a Pillow image knows its order
+    transparent = image.copy()
+    transparent.putalpha(Image.new("L", image.size, 3))
+    assert_is_rgb(read_image(transparent), rgb)
+    for mode in ["P", "CMYK", "YCbCr", "HSV"]:
+        converted = image.convert(mode)
+        assert_is_rgb(read_image(converted), np.asarray(converted.convert("RGB")))
+
+
+def test_pillow_modes_without_colour(rgb):
+    gray = rgb[:, :, 0]
+    expected = np.stack([gray] * 3, axis=2)
+    image = Image.fromarray(gray)
+    assert_is_rgb(read_image(image), expected)
+    assert_is_rgb(read_image(Image.merge("LA", [image, Image.new("L", image.size, 5)])), expected)
+    bits = image.point(lambda value: 255 * (value > 127)).convert("1", dither=Image.Dither.NONE)
+    assert_is_rgb(read_image(bits), np.where(expected > 127, 255, 0).astype(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, ">u2", np.int32], ids=["I;16", "I;16B", "I"])
+def test_sixteen_bit_gray_is_scaled(dtype):
+    levels = np.array([[0, 128, 129, 257, 32768, 65535]])
+    image = Image.fromarray(levels.astype(dtype))
+    expected = np.round(levels / 257).astype(np.uint8)
+    assert_is_rgb(read_image(image), np.stack([expected] * 3, axis=2))
+
+
+def test_sixteen_bit_png_is_scaled(tmp_path):
+    levels = np.linspace(0, 65535, 256 * 4).round().astype(np.uint16).reshape(32, 32)
+    Image.fromarray(levels).save(tmp_path / "gray.png")
+    result = read_image(tmp_path / "gray.png")
+    np.testing.assert_array_equal(result[:, :, 0], np.round(levels / 257).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_upright(tmp_path, rgb, orientation):
+    stored = {
+        1: rgb,
+        2: rgb[:, ::-1],
+        3: rgb[::-1, ::-1],
+        4: rgb[::-1],
+        5: rgb.transpose(1, 0, 2),
+        6: rgb.transpose(1, 0, 2)[::-1],
+        7: rgb.transpose(1, 0, 2)[::-1, ::-1],
+        8: rgb.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+    assert_is_rgb(read_image(path), rgb)
+    assert_is_rgb(read_image(str(path), "BGR"), rgb)  # a file knows its order
+    with Image.open(path) as opened:
+        assert_is_rgb(read_image(opened), stored)  # Pillow images are taken as they are
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 5, 3), np.float32), "uint8.*float32"),
+        (np.full((4, 5, 3), np.nan), "uint8.*float64"),
+        (np.zeros((4, 5, 3), np.uint16), "uint8.*uint16"),
+        (np.zeros((4, 5), bool), "uint8.*bool"),
+        (np.zeros((3, 4, 5), np.uint8), r"\(3, 4, 5\).*transpose"),
+        (np.zeros((4, 5, 2), np.uint8), r"\(4, 5, 2\)"),
+        (np.zeros((1, 4, 5, 3), np.uint8), r"\(1, 4, 5, 3\)"),
+        (np.zeros(5, np.uint8), r"\(5,\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"empty.*\(0, 5, 3\)"),
+        (np.zeros((5, 0), np.uint8), "empty"),
+        (torch.zeros(3, 4, 5), "uint8.*float32"),
+        (torch.zeros(6, 5, 3, dtype=torch.uint8), r"\(6, 5, 3\).*permute"),
+        (torch.zeros(1, 3, 4, 5, dtype=torch.uint8), r"\(1, 3, 4, 5\)"),
+        (torch.zeros(3, 0, 5, dtype=torch.uint8), "empty"),
+        (Image.new("F", (4, 5)), "mode F"),
+        (Image.new("I", (4, 5), -1), "mode I"),
+        (Image.new("La", (4, 5)), "mode La"),
+        (Image.new("RGB", (0, 5)), "empty"),
+    ],
+)
+def test_wrong_values_raise(image, message):
+    with pytest.raises(ValueError, match=message):
+        read_image(image)
+
+
+@pytest.mark.parametrize("image", [None, [[1, 2], [3, 4]], b"png", io.BytesIO()])
+def test_wrong_types_raise(image):
+    with pytest.raises(TypeError, match=type(image).__name__):
+        read_image(image)
+
+
+def test_wrong_format_raises(rgb):
+    with pytest.raises(ValueError, match="GBR"):
+        read_image(rgb, "GBR")
+
+
+def test_bad_files_raise_with_their_name(tmp_path, rgb):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        read_image(tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("not a picture")
+    encoded = io.BytesIO()
+    Image.fromarray(np.tile(rgb, (20, 20, 1))).save(encoded, "PNG")
+    (tmp_path / "cut.png").write_bytes(encoded.getvalue()[: len(encoded.getvalue()) // 2])
+    for name in ["text.png", "cut.png"]:
+        with pytest.raises(ValueError, match=name):
+            read_image(tmp_path / name)
+    with pytest.raises(ValueError, match=tmp_path.name):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(13, 21), (64, 64), (1, 1), (63, 2), (700, 31)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_prepare_image_equals_official_resize(size):
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    image.flags.writeable = False
+    tensor, input_size, original_size = prepare_image(image, 64)
+    expected = OfficialResize(64).apply_image(image)
+    assert tensor.dtype == torch.uint8 and tensor.is_contiguous()
+    np.testing.assert_array_equal(tensor[0].permute(1, 2, 0).numpy(), expected)
+    assert (input_size, original_size) == (expected.shape[:2], size)
+
+
+@pytest.mark.parametrize("size", [(20000, 50), (50, 20000), (20000, 3)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_prepare_image_keeps_thin_images(size):
+    tensor, input_size, original_size = prepare_image(np.full((*size, 3), 200, np.uint8), 1024)
+    assert tuple(tensor.shape[2:]) == input_size and max(input_size) == 1024 and min(input_size) >= 1
+    assert original_size == size and (tensor == 200).all()
+
+
+def test_prepare_image_refuses_what_read_image_did_not_make(rgb):
+    for image in [rgb[:, :, :2], rgb.astype(np.float32), rgb[:, :, 0], rgb[:0]]:
+        with pytest.raises(ValueError, match="uint8"):
+            prepare_image(image, 64)
