@@ -23,7 +23,6 @@ from sam_fast.build_sam import SamConfig
 # 16 x 16 tokens in windows of 6: the last window of each row and column holds 4 real tokens and 2 rows of padding.
 # Heads are 64 wide and the decoder has its real size, as in the published models.
 TINY = SamConfig(image_size=256, embed_dim=128, depth=4, num_heads=2, window_size=6, global_attn_indexes=(1, 3))
-VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 
 
 def box_area(boxes: Tensor) -> Tensor:
