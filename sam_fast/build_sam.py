@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sam_fast.checkpoints import load_checkpoint
+from sam_fast.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 
 @dataclass(frozen=True)
@@ -11,7 +20,7 @@ class SamConfig:
 
     Sizes are in pixels (`image_size`, `patch_size`), tokens (`window_size`) or channels (`embed_dim`, `prompt_embed_dim`,
     `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole image, the others
-    to windows of `window_size` x `window_size` tokens.
+    to windows of `window_size` x `window_size` tokens (all of them to the whole image where it is 0).
 
     Raises:
         ValueError: the numbers do not fit together.
@@ -30,3 +39,94 @@ class SamConfig:
     decoder_depth: int = 2
     decoder_num_heads: int = 8
     decoder_mlp_dim: int = 2048
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))
+        if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
+            raise ValueError(f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}")
+        if self.num_heads <= 0 or self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
+        if any(not 0 <= index < self.depth for index in self.global_attn_indexes):
+            raise ValueError(
+                f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}"
+            )
+
+
+VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
+VIT_L = SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
+VIT_H = SamConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
+
+
+def build_sam_from_config(config: SamConfig, checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """Build a model in eval mode, with PyTorch's random initialisation or the weights of a file.
+
+    Args:
+        config: the architecture.
+        checkpoint: any file that `sam_fast.checkpoints.load_checkpoint` reads; positions of another image size
+            than the configuration's are interpolated.
+
+    Raises:
+        ValueError: the file is not a checkpoint of this architecture.
+    """
+    if checkpoint is None:
+        return _assemble(config).eval()
+    with torch.device("meta"):  # the file brings every weight: do not draw random ones first
+        sam = _assemble(config)
+    load_checkpoint(sam, checkpoint)
+    return sam.eval()
+
+
+def build_sam_vit_h(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """Build ViT-H, 641 million parameters."""
+    return build_sam_from_config(VIT_H, checkpoint)
+
+
+def build_sam_vit_l(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """Build ViT-L, 312 million parameters."""
+    return build_sam_from_config(VIT_L, checkpoint)
+
+
+def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """Build ViT-B, 94 million parameters."""
+    return build_sam_from_config(VIT_B, checkpoint)
+
+
+build_sam = build_sam_vit_h
+
+sam_model_registry: dict[str, Callable[..., Sam]] = {
+    "default": build_sam,
+    "vit_h": build_sam_vit_h,
+    "vit_l": build_sam_vit_l,
+    "vit_b": build_sam_vit_b,
+}
+
+
+def _assemble(config: SamConfig) -> Sam:
+    grid = config.image_size // config.patch_size
+    image_encoder = ImageEncoderViT(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        out_chans=config.prompt_embed_dim,
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]
+        use_rel_pos=True,
+        window_size=config.window_size,
+        global_attn_indexes=config.global_attn_indexes,
+    )
+    prompt_encoder = PromptEncoder(
+        embed_dim=config.prompt_embed_dim,
+        image_embedding_size=(grid, grid),
+        input_image_size=(config.image_size, config.image_size),
+        mask_in_chans=config.mask_in_chans,
+    )
+    transformer = TwoWayTransformer(
+        depth=config.decoder_depth,
+        embedding_dim=config.prompt_embed_dim,
+        num_heads=config.decoder_num_heads,
+        mlp_dim=config.decoder_mlp_dim,
+    )
+    mask_decoder = MaskDecoder(transformer_dim=config.prompt_embed_dim, transformer=transformer)
+    return Sam(image_encoder, prompt_encoder, mask_decoder)

@@ -23,7 +23,6 @@ from sam_fast.build_sam import SamConfig
 # 16 x 16 tokens in windows of 6: the last window of each row and column holds 4 real tokens and 2 rows of padding.
 # Heads are 64 wide and the decoder has its real size, as in the published models.
 TINY = SamConfig(image_size=256, embed_dim=128, depth=4, num_heads=2, window_size=6, global_attn_indexes=(1, 3))
-VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -143,12 +142,21 @@ def build_official(config: SamConfig) -> nn.Module:
 
 
 # Factors on the plain 1/sqrt(fan_in) scale, found by looking at the masks (see `seed_weights`).
+_POSITION_GAIN = 1.5  # absolute positions stay visible behind the whole encoder
 _TEXTURE = 0.02  # share of a convolution kernel that differs between its taps
-_LOGIT_GAIN = 60.0  # last hypernetwork layers: logits of tens, so that stability scores reach 0.95
 _ATTENTION_GAIN = 1.5  # q and k of the decoder's cross attentions: a prompt is noticed
-_IMAGE_UPDATE_GAIN = 6.0  # what prompts write into the image stream
-_IOU_GAIN = 0.25  # last layer of the IoU head: spread around its bias
-_IOU_CENTRE = 0.88
+_BACKGROUND = 5.0  # pulls logits below zero: masks cover a smaller part of the image
+_IOU_CENTRE = 0.92
+_GAINS = {
+    "attn.proj.weight": 0.5,  # what an encoder block adds
+    "mlp.lin2.weight": 0.5,
+    "cross_attn_image_to_token.out_proj.weight": 2.0,  # what prompts write into the image stream
+    "hypernetworks_mlps.0.layers.2.weight": 100.0,  # logits of tens, so that stability scores reach 0.95
+    "hypernetworks_mlps.1.layers.2.weight": 100.0,
+    "hypernetworks_mlps.2.layers.2.weight": 100.0,
+    "hypernetworks_mlps.3.layers.2.weight": 100.0,
+    "iou_prediction_head.layers.2.weight": 0.15,  # spread around _IOU_CENTRE
+}
 
 
 def _noise(shape: torch.Size, seed: int, key: str) -> Tensor:
@@ -157,21 +165,47 @@ def _noise(shape: torch.Size, seed: int, key: str) -> Tensor:
 
 
 def _smooth_positions(shape: torch.Size, seed: int, key: str) -> Tensor:
-    """Absolute positions [1, H, W, C] that vary slowly: a coarse 4 x 4 grid of noise, interpolated."""
-    coarse = _noise(torch.Size((1, shape[3], 4, 4)), seed, key)
+    """Absolute positions [1, H, W, C] that vary slowly: a coarse 6 x 6 grid of noise, interpolated."""
+    coarse = _noise(torch.Size((1, shape[3], 6, 6)), seed, key)
     return nn.functional.interpolate(coarse, shape[1:3], mode="bicubic").permute(0, 2, 3, 1)
+
+
+def _mirror(tensor: Tensor, dim: int, sign: float) -> Tensor:
+    """Replace the second half of a dimension by the first, times `sign`."""
+    first = tensor.narrow(dim, 0, tensor.shape[dim] // 2)
+    return torch.cat([first, sign * first], dim)
+
+
+def _balanced(name: str, tensor: Tensor) -> Tensor:
+    """Pair the channels of the upscaling as a, -a, and what reads them as h, -h.
+
+    As h (gelu(a) - gelu(-a)) = h a, the positive mean behind each GELU cancels and the mask is balanced around zero.
+    """
+    if name.endswith("output_upscaling.0.weight"):
+        return _mirror(tensor, 1, -1)
+    if name.endswith("output_upscaling.3.weight"):
+        return _mirror(_mirror(tensor, 1, -1), 0, -1)
+    if name.endswith("output_upscaling.1.weight"):
+        return _mirror(tensor, 0, 1)
+    if name.endswith(("output_upscaling.0.bias", "output_upscaling.1.bias", "output_upscaling.3.bias")):
+        return _mirror(tensor, 0, -1)
+    if "hypernetworks" in name and name.endswith("layers.2.weight"):
+        return _mirror(tensor, 0, -1)
+    return tensor
 
 
 def _seeded_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
     noise = functools.partial(_noise, shape, seed)
     if name.endswith("pos_embed"):
-        return 0.3 * _smooth_positions(shape, seed, name)
-    if "rel_pos" in name:
+        return _POSITION_GAIN * _smooth_positions(shape, seed, name)
+    if "rel_pos" in name or name.endswith("no_mask_embed.weight"):
         return 0.1 * noise(name)
-    if name.endswith("gaussian_matrix") or name.endswith(("_token.weight", "_tokens.weight", "_embed.weight")):
+    if name.endswith(("gaussian_matrix", "_token.weight", "_tokens.weight", "_embed.weight")):
         return noise(name)
     if "point_embeddings" in name:
         return noise(name)
+    if "hypernetworks" in name and name.endswith("layers.2.bias"):
+        return noise(name) - _BACKGROUND  # no mirror here: it multiplies gelu(a) + gelu(-a) > 0
     if len(shape) == 1:  # biases, and the weights of normalisations
         is_iou = name.endswith("iou_prediction_head.layers.2.bias")
         centre = _IOU_CENTRE if is_iou else float(name.endswith("weight"))
@@ -183,15 +217,12 @@ def _seeded_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
         return weight / (fan_in**0.5 * window)
     weight = noise(name) / shape[1] ** 0.5
     if "cross_attn" in name and ("q_proj" in name or "k_proj" in name):
-        # Queries and keys share half of their projection, so that a pixel attends to prompts near it: local masks.
+        # Queries and keys share most of their projection, so that a pixel attends to prompts near it: local masks.
         shared = noise(name.replace("k_proj", "q_proj") + "shared") / shape[1] ** 0.5
         return _ATTENTION_GAIN * (0.3 * weight + shared)
-    if "cross_attn_image_to_token.out_proj" in name:
-        return _IMAGE_UPDATE_GAIN * weight
-    if "hypernetworks" in name and name.endswith("layers.2.weight"):
-        return _LOGIT_GAIN * (weight - weight.mean(0))  # channels after GELU share a positive mean: cancel it
-    if name.endswith("iou_prediction_head.layers.2.weight"):
-        return _IOU_GAIN * weight
+    for part, gain in _GAINS.items():
+        if part in name:
+            return gain * weight
     return weight
 
 
@@ -209,5 +240,5 @@ def seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
         the model.
     """
     for name, tensor in model.state_dict().items():
-        tensor.copy_(_seeded_tensor(name, tensor.shape, seed))
+        tensor.copy_(_balanced(name, _seeded_tensor(name, tensor.shape, seed)))
     return model

@@ -1,0 +1,265 @@
+"""The image encoder: a Vision Transformer with window attention, a few global blocks, and a convolutional neck.
+
+Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object Detection" (ViTDet), 2022, section 3;
+Kirillov et al., "Segment Anything", 2023, appendix A. Decomposed relative positions: Li et al., "MViTv2", 2022, eq. 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sam_fast.modeling.layers import LayerNorm2d, MLPBlock
+
+
+class ImageEncoderViT(nn.Module):
+    """Turns a normalised image [B, 3, S, S] into its embedding [B, out_chans, S/patch, S/patch].
+
+    Other image sizes than `img_size` work too, square or not, as long as the patch size divides them: absolute
+    positions are then interpolated (bicubic), and so are the relative positions of global blocks (linear).
+
+    Args:
+        img_size: S, side of the images that the positions are stored for, in pixels.
+        patch_size: side of a patch, in pixels; one patch is one token.
+        in_chans: channels of the image.
+        embed_dim: channels of a token.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of a block's perceptron over `embed_dim`.
+        out_chans: channels of the embedding.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+        norm_layer: normalisation of tokens, called with the number of channels.
+        act_layer: activation of the perceptrons.
+        use_abs_pos: whether tokens get absolute positions.
+        use_rel_pos: whether attention gets relative positions.
+        rel_pos_zero_init: accepted for compatibility; relative positions always begin at zero.
+        window_size: side of an attention window, in tokens; 0 makes every block global.
+        global_attn_indexes: blocks that attend to the whole image.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 1024,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        out_chans: int = 256,
+        qkv_bias: bool = True,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        use_abs_pos: bool = True,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        window_size: int = 0,
+        global_attn_indexes: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.img_size = img_size
+        self.patch_size = patch_size
+        grid = img_size // patch_size
+        self.patch_embed = PatchEmbed((patch_size, patch_size), (patch_size, patch_size), (0, 0), in_chans, embed_dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim)) if use_abs_pos else None
+        windows = [0 if index in global_attn_indexes else window_size for index in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                norm_layer,
+                act_layer,
+                use_rel_pos,
+                rel_pos_zero_init,
+                window,
+                (grid, grid),
+            )
+            for window in windows
+        )
+        self.neck = nn.Sequential(
+            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
+            LayerNorm2d(out_chans),
+            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(out_chans),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            x: [B, in_chans, H, W], normalised and padded (`Sam.preprocess`).
+
+        Returns:
+            [B, out_chans, H/patch, W/patch].
+
+        Raises:
+            ValueError: not four dimensions, or the patch size does not divide H and W.
+        """
+        if x.dim() != 4 or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+            raise ValueError(
+                f"images must be [B, C, H, W] with H and W multiples of {self.patch_size}, got {tuple(x.shape)}"
+            )
+        x = self.patch_embed(x)  # [B, H, W, C], H and W in tokens from here on
+        if self.pos_embed is not None:
+            x = x + resize_absolute_positions(self.pos_embed, (x.shape[1], x.shape[2]))
+        for block in self.blocks:
+            x = block(x)
+        return self.neck(x.permute(0, 3, 1, 2))
+
+
+class PatchEmbed(nn.Module):
+    """Projects the patches of an image to tokens, [B, 3, H, W] -> [B, H/patch, W/patch, C]."""
+
+    def __init__(
+        self,
+        kernel_size: tuple[int, int] = (16, 16),
+        stride: tuple[int, int] = (16, 16),
+        padding: tuple[int, int] = (0, 0),
+        in_chans: int = 3,
+        embed_dim: int = 768,
+    ) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=kernel_size, stride=stride, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block over tokens [B, H, W, C], in windows or global (`window_size` 0)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        window_size: int = 0,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        attended = (window_size, window_size) if window_size > 0 else input_size
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, use_rel_pos, rel_pos_zero_init, attended)
+        self.norm2 = norm_layer(dim)
+        self.mlp = MLPBlock(dim, int(dim * mlp_ratio), act_layer)
+        self.window_size = window_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._attend(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        if self.window_size == 0:
+            return self.attn(x)
+        # The padding of the last windows is zero after the normalisation, and takes part in the attention unmasked.
+        windows, padded = window_partition(x, self.window_size)
+        return window_unpartition(self.attn(windows), self.window_size, padded, (x.shape[1], x.shape[2]))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens [B, H, W, C] with decomposed relative positions.
+
+    softmax(q k^T / sqrt(d) + bias) v, where bias = q.Rh[h_q - h_k] + q.Rw[w_q - w_k] with the unscaled q.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = True,
+        use_rel_pos: bool = False,
+        rel_pos_zero_init: bool = True,
+        input_size: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got {num_heads} and {dim}")
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.use_rel_pos = use_rel_pos
+        if use_rel_pos:
+            if input_size is None:
+                raise ValueError("relative positions need input_size, the attended grid in tokens")
+            height, width = input_size
+            self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, dim // num_heads))
+            self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, H*W, d]
+        bias = self._relative_bias(q, H, W) if self.use_rel_pos else None
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+
+    def _relative_bias(self, q: Tensor, H: int, W: int) -> Tensor:
+        """What relative positions add to the scores: [B, heads, H*W, H*W]."""
+        B, heads, _, d = q.shape
+        q = q.reshape(B, heads, H, W, d)
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(H, H, self.rel_pos_h))
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(W, W, self.rel_pos_w))
+        return (bias_h[..., :, None] + bias_w[..., None, :]).reshape(B, heads, H * W, H * W)
+
+
+def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut tokens [B, H, W, C] into windows, with zeros at the bottom and right where they do not fit.
+
+    Returns:
+        windows [B * number of windows, window_size, window_size, C], and the padded (H, W).
+    """
+    B, H, W, C = x.shape
+    rows, columns = -(-H // window_size), -(-W // window_size)
+    x = F.pad(x, (0, 0, 0, columns * window_size - W, 0, rows * window_size - H))
+    x = x.view(B, rows, window_size, columns, window_size, C).transpose(2, 3)
+    return x.reshape(-1, window_size, window_size, C), (rows * window_size, columns * window_size)
+
+
+def window_unpartition(windows: Tensor, window_size: int, pad_hw: tuple[int, int], hw: tuple[int, int]) -> Tensor:
+    """Put windows back together and drop the padding: the inverse of `window_partition`, [B, H, W, C]."""
+    rows, columns = pad_hw[0] // window_size, pad_hw[1] // window_size
+    x = windows.view(-1, rows, columns, window_size, window_size, windows.shape[-1]).transpose(2, 3)
+    x = x.reshape(-1, *pad_hw, windows.shape[-1])
+    return x[:, : hw[0], : hw[1]]
+
+
+def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
+    """Look up relative positions for each query and key of one axis.
+
+    Args:
+        q_size: number of query positions.
+        k_size: number of key positions; the shorter of the two axes is stretched over the longer.
+        rel_pos: [L, d], for distances -(L-1)/2 .. (L-1)/2; interpolated when L is not 2 max(q_size, k_size) - 1.
+
+    Returns:
+        [q_size, k_size, d].
+    """
+    rel_pos = resize_relative_positions(rel_pos, 2 * max(q_size, k_size) - 1)
+    q_step, k_step = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+    q_positions = torch.arange(q_size, device=rel_pos.device)[:, None] * q_step
+    k_positions = torch.arange(k_size, device=rel_pos.device)[None, :] * k_step
+    return rel_pos[(q_positions - k_positions + (k_size - 1) * k_step).long()]
+
+
+def resize_relative_positions(rel_pos: Tensor, length: int) -> Tensor:
+    """Interpolate relative positions [L, d] linearly to [length, d]."""
+    if rel_pos.shape[0] == length:
+        return rel_pos
+    return F.interpolate(rel_pos.T[None], size=length, mode="linear")[0].T
+
+
+def resize_absolute_positions(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Interpolate absolute positions [1, H, W, C] bicubically to the `grid` (H, W), in tokens."""
+    if pos_embed.shape[1:3] == grid:
+        return pos_embed
+    resized = F.interpolate(pos_embed.permute(0, 3, 1, 2), size=grid, mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1)

@@ -1,0 +1,45 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from oracle import TINY, build_official, seed_weights
+from skimage import data
+from torch import nn
+
+from sam_fast.build_sam import build_sam_from_config
+from sam_fast.modeling import Sam
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> tuple[nn.Module, Sam]:
+    """The official model and ours, of the tiny configuration, with the same weights."""
+    official = seed_weights(build_official(TINY))
+    ours = build_sam_from_config(TINY)
+    ours.load_state_dict(official.state_dict())
+    return official, ours
+
+
+@pytest.fixture(scope="session")
+def official_tiny(tiny_models: tuple[nn.Module, Sam]) -> nn.Module:
+    return tiny_models[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models: tuple[nn.Module, Sam]) -> Sam:
+    return tiny_models[1]
+
+
+@pytest.fixture(scope="session")
+def photo() -> np.ndarray:
+    """A portrait, uint8 [512, 512, 3], RGB (public domain, NASA)."""
+    return data.astronaut()
+
+
+@pytest.fixture(scope="session")
+def tiny_image(photo: np.ndarray) -> torch.Tensor:
+    """The photo at the size of the tiny model, float32 [3, 192, 256] in 0..255: padded at the bottom by `preprocess`."""
+    pixels = torch.from_numpy(photo[:384:2, ::2].copy())
+    return pixels.permute(2, 0, 1).float()
