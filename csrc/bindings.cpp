@@ -2,7 +2,10 @@
 // Python operation (sam_fast/ops); what is checked here again is what memory safety rests on.
 #include <pybind11/pybind11.h>
 
+#include <limits>
+
 #include "cpu_features.h"
+#include "nms.h"
 #include "packed_masks.h"
 #include "rle.h"
 #include "tensor.h"
@@ -118,6 +121,19 @@ void bind_rle(py::module_& m) {
   });
 }
 
+void bind_nms(py::module_& m) {
+  m.def("nms", [](py::handle kept_, py::handle boxes_, py::handle scores_, double iou_threshold) {
+    const TensorView kept = view(kept_, "kept"), boxes = view(boxes_, "boxes"), scores = view(scores_, "scores");
+    const float* in = boxes.cpu<float>({-1, 4});
+    const int64_t n = boxes.size(0);
+    if (n > std::numeric_limits<uint32_t>::max()) throw std::invalid_argument("nms takes at most 2**32 - 1 boxes");
+    const float* in_scores = scores.cpu<float>({n});
+    int64_t* out = kept.cpu<int64_t>({n});
+    py::gil_scoped_release unlocked;
+    return nms(out, in, in_scores, n, iou_threshold);
+  });
+}
+
 }  // namespace
 }  // namespace sam_fast
 
@@ -128,4 +144,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   bind_packed_masks(m);
   bind_rle(m);
+  bind_nms(m);
 }
