@@ -1,12 +1,16 @@
 // The Python face of the native operations, and the only file that knows pybind11. Arguments were validated by the
 // Python operation (sam_fast/ops); what is checked here again is what memory safety rests on.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <utility>
 
 #include <limits>
 
 #include "cpu_features.h"
 #include "nms.h"
 #include "packed_masks.h"
+#include "postprocess_masks.h"
 #include "rle.h"
 #include "tensor.h"
 
@@ -134,6 +138,54 @@ void bind_nms(py::module_& m) {
   });
 }
 
+// (height, width)
+using Size = std::pair<int32_t, int32_t>;
+
+MaskGeometry mask_geometry(const TensorView& logits, Size input_size, Size original_size, int32_t image_size) {
+  const MaskGeometry geometry = {static_cast<int32_t>(logits.size(1)),
+                                 static_cast<int32_t>(logits.size(2)),
+                                 image_size,
+                                 input_size.first,
+                                 input_size.second,
+                                 original_size.first,
+                                 original_size.second};
+  const bool positive = geometry.low_height > 0 && geometry.low_width > 0 && geometry.input_height > 0 &&
+                        geometry.input_width > 0 && geometry.height > 0 && geometry.width > 0;
+  if (!positive || geometry.input_height > image_size || geometry.input_width > image_size) {
+    throw std::invalid_argument("mask sizes must be positive and input_size within image_size");
+  }
+  return geometry;
+}
+
+void bind_postprocess_masks(py::module_& m) {
+  m.def("postprocess_masks", [](py::handle area_, py::handle stability_, py::handle boxes_, py::object bits_,
+                                py::handle logits_, Size input_size, Size original_size, int32_t image_size,
+                                float mask_threshold, float inner_threshold, float outer_threshold, int num_threads) {
+    const TensorView logits = view(logits_, "logits");
+    const float* in = logits.cpu<float>({-1, -1, -1});
+    const int64_t n = logits.size(0);
+    const MaskGeometry geometry = mask_geometry(logits, input_size, original_size, image_size);
+    int64_t* area = view(area_, "area").cpu<int64_t>({n});
+    float* stability = view(stability_, "stability_score").cpu<float>({n});
+    int64_t* boxes = view(boxes_, "boxes").cpu<int64_t>({n, 4});
+    uint8_t* bits = nullptr;
+    if (!bits_.is_none()) bits = view(bits_, "bits").cpu<uint8_t>({n, geometry.height, row_bytes(geometry.width)});
+    const MaskThresholds thresholds = {mask_threshold, inner_threshold, outer_threshold};
+    py::gil_scoped_release unlocked;
+    postprocess_masks(area, stability, boxes, bits, in, n, geometry, thresholds, num_threads);
+  });
+  m.def("resize_logits", [](py::handle output_, py::handle logits_, Size input_size, Size original_size,
+                            int32_t image_size, int num_threads) {
+    const TensorView logits = view(logits_, "logits");
+    const float* in = logits.cpu<float>({-1, -1, -1});
+    const int64_t n = logits.size(0);
+    const MaskGeometry geometry = mask_geometry(logits, input_size, original_size, image_size);
+    float* output = view(output_, "output").cpu<float>({n, geometry.height, geometry.width});
+    py::gil_scoped_release unlocked;
+    resize_logits(output, in, n, geometry, num_threads);
+  });
+}
+
 }  // namespace
 }  // namespace sam_fast
 
@@ -143,6 +195,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("built_with_cuda") = bool(SAM_FAST_WITH_CUDA);
   m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); });
   bind_packed_masks(m);
+  bind_postprocess_masks(m);
   bind_rle(m);
   bind_nms(m);
 }
