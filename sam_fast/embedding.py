@@ -1,0 +1,151 @@
+"""ImageEmbedding: what the image encoder computed for one image, apart from any predictor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+FORMAT_VERSION = 1
+_SAMPLES_PER_TENSOR = 16
+
+
+@dataclass(eq=False)
+class ImageEmbedding:
+    """The image encoder's output for one image, with all that a prompt needs to be answered.
+
+    It may be kept, saved, and used by any number of threads and predictors at once, as long as they hold the model
+    that made it.
+
+    Attributes:
+        features: [1, C, s, s], the encoder's output.
+        original_size: (H, W) of the image, in pixels.
+        input_size: (h, w) of the resized image before padding, in pixels.
+        image_size: S, the side of the padded square that the encoder saw.
+        image_format: channel order the model was given, "RGB" or "BGR".
+        fingerprint: identifies the encoder's weights (see `model_fingerprint`).
+        cache: what a runtime derives from the features once per image; never saved.
+    """
+
+    features: torch.Tensor
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    image_size: int
+    image_format: str
+    fingerprint: str
+    cache: dict[str, Any] = field(default_factory=dict, repr=False)
+    _ready: torch.cuda.Event | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.features.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(self.features.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the features are."""
+        return self.features.device
+
+    def to(self, device: torch.device | str) -> ImageEmbedding:
+        """Return this embedding on `device`, or itself if it is there."""
+        if torch.device(device) == self.device:
+            return self
+        self.wait()
+        return ImageEmbedding(
+            self.features.to(device),
+            self.original_size,
+            self.input_size,
+            self.image_size,
+            self.image_format,
+            self.fingerprint,
+        )
+
+    def wait(self) -> None:
+        """Make the current CUDA stream wait until the features are computed; nothing on a CPU."""
+        if self._ready is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self._ready)
+            self.features.record_stream(stream)
+
+    def save(self, path: str | Path) -> None:
+        """Write the embedding as a safetensors file that holds the tensor `features` and its sizes as metadata."""
+        metadata = {
+            "format": "sam_fast.ImageEmbedding",
+            "version": str(FORMAT_VERSION),
+            "original_size": json.dumps(self.original_size),
+            "input_size": json.dumps(self.input_size),
+            "image_size": str(self.image_size),
+            "image_format": self.image_format,
+            "fingerprint": self.fingerprint,
+        }
+        self.wait()
+        save_file({"features": self.features.detach().contiguous().cpu()}, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ImageEmbedding:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not an embedding, is damaged, or has a format version that this release cannot read.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no image embedding at {path}")
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "sam_fast.ImageEmbedding":
+                    raise ValueError(f"{path} is a safetensors file, but not an image embedding of sam_fast")
+                if metadata["version"] != str(FORMAT_VERSION):
+                    raise ValueError(
+                        f"{path} has embedding format {metadata['version']}, this release reads {FORMAT_VERSION}"
+                    )
+                features = file.get_tensor("features")
+            height, width = json.loads(metadata["original_size"])
+            input_height, input_width = json.loads(metadata["input_size"])
+            return cls(
+                features,
+                (int(height), int(width)),
+                (int(input_height), int(input_width)),
+                int(metadata["image_size"]),
+                metadata["image_format"],
+                metadata["fingerprint"],
+            )
+        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{path} is not a readable image embedding: {error!r}") from error
+
+
+_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def model_fingerprint(encoder: nn.Module) -> str:
+    """Return a short hash of an image encoder's weights.
+
+    It covers every tensor's name, shape and 16 evenly spaced values in float32: two trainings never share it, and it costs
+    milliseconds. It is remembered until a parameter is replaced or changed in place.
+    """
+    state = encoder.state_dict(keep_vars=True)
+    key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+    known = _fingerprints.get(encoder)
+    if known is not None and known[0] == key:
+        return known[1]
+    samples = []
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR].float())
+    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    fingerprint = digest.hexdigest()[:16]
+    _fingerprints[encoder] = (key, fingerprint)
+    return fingerprint

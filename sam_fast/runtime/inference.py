@@ -1,0 +1,160 @@
+"""One model, made ready for inference in one precision; it holds no image and may be shared by threads."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+
+from sam_fast.embedding import ImageEmbedding, model_fingerprint
+from sam_fast.modeling import Sam
+from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
+from sam_fast.runtime.precision import resolve_precision
+
+
+class Prompts(NamedTuple):
+    """N prompts on one image, in the frame of the model's input (the resized image, in pixels).
+
+    Attributes:
+        points: [N, K, 2] XY, or None.
+        labels: [N, K], 1 foreground, 0 background, -1 padding; None without points.
+        boxes: [N, 4] XYXY, or None.
+        masks: [N, 1, 4s, 4s] logits of an earlier prediction, or None.
+        extra_tokens: [N, K', C] embeddings appended to the prompt's tokens, or None.
+    """
+
+    points: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    masks: torch.Tensor | None = None
+    extra_tokens: torch.Tensor | None = None
+
+
+class InferenceRuntime:
+    """The stages of SAM: encode an image once, decode prompts, post-process masks."""
+
+    def __init__(self, model: Sam, precision: str = "auto", backend: str = "auto") -> None:
+        """
+        Args:
+            model: the Sam to run; its weights are read at every call, so they may change in between.
+            precision: auto, fp32, bf16 or fp16 (see `resolve_precision`).
+            backend: which implementation of the operations runs: auto, native or torch.
+        """
+        self.model = model
+        self.precision = precision
+        self.backend = backend
+        resolve_precision(precision, model.device)
+        if backend not in ("auto", "native", "torch"):
+            raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = resolve_precision(self.precision, self.model.device)
+        if dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, original_sizes: list[tuple[int, int]]) -> list[ImageEmbedding]:
+        """Encode resized images of one size.
+
+        Args:
+            images: [B, 3, h, w], values 0..255, longest side S, in the model's channel order.
+            original_sizes: (H, W) of each image before the resize.
+        """
+        fingerprint = model_fingerprint(self.model.image_encoder)
+        input_size = (images.shape[-2], images.shape[-1])
+        with self._autocast():
+            features = self.model.image_encoder(self.model.preprocess(images)).float().contiguous()
+        return [
+            ImageEmbedding(
+                features[i : i + 1],
+                original_size,
+                input_size,
+                self.model.image_encoder.img_size,
+                self.model.image_format,
+                fingerprint,
+            )
+            for i, original_size in enumerate(original_sizes)
+        ]
+
+    def adopt(
+        self, features: torch.Tensor, original_size: tuple[int, int], input_size: tuple[int, int]
+    ) -> ImageEmbedding:
+        """Wrap features [1, C, s, s] that the caller vouches for as an embedding of this model."""
+        return ImageEmbedding(
+            features,
+            (int(original_size[0]), int(original_size[1])),
+            (int(input_size[0]), int(input_size[1])),
+            self.model.image_encoder.img_size,
+            self.model.image_format,
+            model_fingerprint(self.model.image_encoder),
+        )
+
+    def check(self, embedding: ImageEmbedding) -> None:
+        """Raise ValueError if `embedding` was made by other weights or for another input than this model's."""
+        fingerprint = model_fingerprint(self.model.image_encoder)
+        if embedding.fingerprint != fingerprint:
+            raise ValueError(
+                f"the image embedding was made by another model (fingerprint {embedding.fingerprint}, "
+                f"this model has {fingerprint}); encode the image again"
+            )
+        if embedding.image_size != self.model.image_encoder.img_size:
+            raise ValueError(
+                f"the image embedding was made for inputs of {embedding.image_size} px, "
+                f"this model takes {self.model.image_encoder.img_size} px"
+            )
+        if embedding.image_format != self.model.image_format:
+            raise ValueError(
+                f"the image embedding was made from {embedding.image_format} channels, "
+                f"this model takes {self.model.image_format}"
+            )
+
+    @torch.no_grad()
+    def decode(
+        self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return low-resolution logits [N, M, 4s, 4s] and predicted IoUs [N, M], both float32.
+
+        M is 3 with `multimask_output`, otherwise 1.
+        """
+        embedding.wait()
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        model = self.model
+        with self._autocast():
+            sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+            low_res, iou = model.mask_decoder(
+                image_embeddings=embedding.features,
+                image_pe=model.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask_output,
+                extra_tokens=prompts.extra_tokens,
+            )
+        return low_res.float(), iou.float()
+
+    def postprocess(
+        self,
+        embedding: ImageEmbedding,
+        low_res: torch.Tensor,
+        *,
+        stability_offset: float = 1.0,
+        return_bits: bool = True,
+    ) -> PostprocessedMasks:
+        """Threshold logits [N, 4s, 4s] at the size of the original image: packed bits, areas, boxes, stability scores."""
+        return postprocess_masks(
+            low_res,
+            embedding.input_size,
+            embedding.original_size,
+            embedding.image_size,
+            mask_threshold=self.model.mask_threshold,
+            stability_offset=stability_offset,
+            return_bits=return_bits,
+            backend=self.backend,
+        )
+
+    def full_size_logits(self, embedding: ImageEmbedding, low_res: torch.Tensor) -> torch.Tensor:
+        """Interpolate logits [N, 4s, 4s] to the original image, [N, H, W] float32."""
+        return resize_logits(
+            low_res, embedding.input_size, embedding.original_size, embedding.image_size, backend=self.backend
+        )

@@ -1,0 +1,191 @@
+"""SamAutomaticMaskGenerator against the official one with the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+
+from sam_fast import SamAutomaticMaskGenerator
+from sam_fast.utils.amg import MaskData, rle_to_mask
+from oracle import official
+
+GRID = {"points_per_side": 8}
+SETTINGS = {
+    "default thresholds": {},
+    "loose": {"pred_iou_thresh": 0.85, "stability_score_thresh": 0.6, "box_nms_thresh": 0.9},
+    "filters off": {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 4},
+    "offset": {"stability_score_offset": 3.0, "stability_score_thresh": 0.5},
+    "crops": {"crop_n_layers": 1, "points_per_side": 6, "crop_n_points_downscale_factor": 2},
+    "two crop layers": {"crop_n_layers": 2, "points_per_side": 4, "crop_nms_thresh": 0.5, "crop_overlap_ratio": 0.2},
+    "small regions": {"min_mask_region_area": 60, "stability_score_thresh": 0.7},
+    "small regions in crops": {"min_mask_region_area": 40, "crop_n_layers": 1, "points_per_side": 5},
+    "batches of 7": {"points_per_batch": 7},
+}
+
+
+@pytest.fixture(scope="module")
+def image(photo) -> np.ndarray:
+    return np.ascontiguousarray(photo[40:300, 60:460])
+
+
+def generators(tiny_models, **settings):
+    theirs, ours = tiny_models
+    settings = {**GRID, **settings}
+    return official.SamAutomaticMaskGenerator(theirs, **settings), SamAutomaticMaskGenerator(ours, **settings)
+
+
+def assert_same_records(ours, theirs):
+    assert len(ours) == len(theirs) > 3, "too few records for a comparison"
+    for mine, other in zip(ours, theirs, strict=True):
+        assert list(mine) == list(other)
+        assert mine["bbox"] == other["bbox"] and mine["crop_box"] == other["crop_box"]
+        assert mine["point_coords"] == other["point_coords"]
+        assert mine["area"] == pytest.approx(other["area"], rel=1e-4)
+        assert isinstance(mine["area"], int) and all(isinstance(v, int) for v in mine["bbox"])
+        assert mine["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-4)
+        assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=1e-3, nan_ok=True)
+        mask, expected = mine["segmentation"], other["segmentation"]
+        assert mask.dtype == bool and mask.shape == expected.shape
+        union = np.count_nonzero(mask | expected)
+        assert np.count_nonzero(mask & expected) >= 0.9999 * union
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_like_official(tiny_models, image, settings):
+    theirs, ours = generators(tiny_models, **settings)
+    assert_same_records(ours.generate(image), theirs.generate(image))
+
+
+def test_small_regions_were_there_to_remove(tiny_models, image):
+    """The comparison above would prove nothing if no mask had small regions."""
+    with_regions = generators(tiny_models, stability_score_thresh=0.7)[1].generate(image)
+    without = generators(tiny_models, stability_score_thresh=0.7, min_mask_region_area=60)[1].generate(image)
+    assert sum(r["area"] for r in with_regions) != sum(r["area"] for r in without)
+
+
+@pytest.mark.parametrize("mode", ["uncompressed_rle", "coco_rle"])
+def test_output_modes_like_official(tiny_models, image, mode):
+    theirs, ours = generators(tiny_models, output_mode="uncompressed_rle")
+    ours.output_mode = mode
+    records, expected = ours.generate(image), theirs.generate(image)
+    assert len(records) == len(expected) > 3
+    for record, other in zip(records, expected, strict=True):
+        rle = record["segmentation"]
+        assert rle["size"] == other["segmentation"]["size"]
+        mask = rle_to_mask(rle) if mode == "uncompressed_rle" else coco.decode(rle).astype(bool)
+        expected_mask = rle_to_mask(other["segmentation"])
+        if np.array_equal(mask, expected_mask) and mode == "uncompressed_rle":
+            assert rle["counts"] == other["segmentation"]["counts"]
+        assert np.count_nonzero(mask != expected_mask) <= 1e-4 * np.count_nonzero(expected_mask)
+    assert any(
+        r["area"] == e["area"] for r, e in zip(records, expected, strict=True)
+    ), "no mask was identical, so no RLE was compared"
+
+
+def test_point_grids(tiny_models, image):
+    grid = np.random.default_rng(0).random((30, 2))
+    theirs, ours = tiny_models
+    expected = official.SamAutomaticMaskGenerator(theirs, points_per_side=None, point_grids=[grid]).generate(image)
+    records = SamAutomaticMaskGenerator(ours, points_per_side=None, point_grids=[grid]).generate(image)
+    assert_same_records(records, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 400), (500, 20)], ids=str)
+def test_odd_images(tiny_models, shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    records = generators(tiny_models, pred_iou_thresh=0.1, stability_score_thresh=0.0)[1].generate(image)
+    assert all(record["segmentation"].shape == shape for record in records)
+
+
+@pytest.mark.parametrize("settings", [{}, {"crop_n_layers": 1}, {"min_mask_region_area": 10}], ids=str)
+def test_nothing_survives(tiny_models, image, settings):
+    """With crops the official code raises IndexError here."""
+    assert generators(tiny_models, pred_iou_thresh=1e6, **settings)[1].generate(image) == []
+
+
+def test_generate_batch(tiny_models, image):
+    generator = generators(tiny_models)[1]
+    other = image[::-1]
+    batch = generator.generate_batch([image, other])
+    for records, single in zip(batch, (image, other), strict=True):
+        assert_same_records(records, generator.generate(single))
+
+
+def test_keeps_its_arguments_as_attributes(tiny_models):
+    settings = {
+        "points_per_batch": 3,
+        "pred_iou_thresh": 0.1,
+        "stability_score_thresh": 0.2,
+        "stability_score_offset": 0.3,
+        "box_nms_thresh": 0.4,
+        "crop_n_layers": 1,
+        "crop_nms_thresh": 0.5,
+        "crop_overlap_ratio": 0.6,
+        "crop_n_points_downscale_factor": 2,
+        "min_mask_region_area": 7,
+        "output_mode": "coco_rle",
+    }
+    theirs, ours = generators(tiny_models, **settings)
+    for name, value in settings.items():
+        assert getattr(ours, name) == getattr(theirs, name) == value
+    for mine, other in zip(ours.point_grids, theirs.point_grids, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_postprocess_small_regions_like_official():
+    rng = np.random.default_rng(0)
+    masks = torch.from_numpy(rng.random((12, 40, 60)) > 0.5)
+    masks[:4, 5:30, 10:40] = True
+    amg = official.utils.amg
+
+    def data(cls):
+        return cls(
+            rles=amg.mask_to_rle_pytorch(masks),
+            boxes=amg.batched_mask_to_box(masks),
+            iou_preds=torch.rand(12, generator=torch.Generator().manual_seed(0)),
+        )
+
+    expected = official.SamAutomaticMaskGenerator.postprocess_small_regions(data(amg.MaskData), 30, 0.7)
+    result = SamAutomaticMaskGenerator.postprocess_small_regions(data(MaskData), 30, 0.7)
+    assert result["rles"] == expected["rles"]
+    assert torch.equal(result["boxes"], expected["boxes"]) and torch.equal(result["iou_preds"], expected["iou_preds"])
+
+
+def test_out_of_memory_halves_the_batch(tiny_models, image, monkeypatch):
+    generator = generators(tiny_models)[1]
+    expected = generator.generate(image)
+    runtime = generator.predictor.runtime
+    decode = runtime.decode
+
+    def decode_up_to_20(embedding, prompts, *args):
+        if len(prompts.points) > 20:
+            raise torch.OutOfMemoryError("no room")
+        return decode(embedding, prompts, *args)
+
+    monkeypatch.setattr(runtime, "decode", decode_up_to_20)
+    with pytest.warns(UserWarning, match="points_per_batch=64"):
+        assert_same_records(generator.generate(image), expected)
+    assert generator.points_per_batch == 16
+
+
+def test_backends_agree(tiny_models, image):
+    theirs = generators(tiny_models, min_mask_region_area=30)[1]
+    ours = SamAutomaticMaskGenerator(tiny_models[1], **GRID, min_mask_region_area=30, backend="torch")
+    assert_same_records(ours.generate(image), theirs.generate(image))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"points_per_side": None}, "Exactly one of"),
+        ({"point_grids": [np.zeros((1, 2))]}, "Exactly one of"),
+        ({"output_mode": "png"}, "output_mode must be one of"),
+        ({"points_per_batch": 0}, "points_per_batch must be positive"),
+        ({"points_per_side": None, "point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "needs 2 point_grids"),
+    ],
+)
+def test_bad_arguments(tiny_models, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SamAutomaticMaskGenerator(tiny_models[1], **arguments)
