@@ -13,6 +13,13 @@
 #endif
 
 namespace sam_fast {
+
+// The two samples of one axis that a bilinear output position reads, and their weights.
+struct Tap {
+  int32_t first, second;
+  float first_weight, second_weight;
+};
+
 namespace {
 
 // a * b + c, rounded once (kFused) or twice. PyTorch's bilinear kernels are compiled per instruction set: those for
@@ -21,12 +28,6 @@ template <bool kFused>
 SAM_FAST_HD inline float multiply_add(float a, float b, float c) {
   return kFused ? fmaf(a, b, c) : a * b + c;
 }
-
-// The two samples of one axis that a bilinear output position reads, and their weights.
-struct Tap {
-  int32_t first, second;
-  float first_weight, second_weight;
-};
 
 // Linear interpolation without aligned corners: output position `out` of `out_size` reads an axis of `in_size`.
 //   source = max(scale * (out + 1/2) - 1/2, 0), all of it in float32, as torch.nn.functional.interpolate computes it.
