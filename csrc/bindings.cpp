@@ -3,9 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <utility>
-
 #include <limits>
+#include <utility>
 
 #include "cpu_features.h"
 #include "nms.h"
