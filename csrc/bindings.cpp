@@ -6,6 +6,7 @@
 #include <limits>
 #include <utility>
 
+#include "connected_components.h"
 #include "cpu_features.h"
 #include "nms.h"
 #include "packed_masks.h"
@@ -185,6 +186,36 @@ void bind_postprocess_masks(py::module_& m) {
   });
 }
 
+void check_pixel_count(int64_t height, int64_t width) {
+  if (height > 0 && width > std::numeric_limits<int32_t>::max() / height) {
+    throw std::invalid_argument("a mask must have fewer than 2**31 pixels");
+  }
+}
+
+void bind_connected_components(py::module_& m) {
+  m.def("connected_components", [](py::handle labels_, py::handle count_, py::handle bits_, int num_threads) {
+    const TensorView labels = view(labels_, "labels"), count = view(count_, "count"), bits = view(bits_, "bits");
+    int32_t* out = labels.cpu<int32_t>({-1, -1, -1});
+    const int64_t n = labels.size(0), height = labels.size(1), width = labels.size(2);
+    int64_t* out_count = count.cpu<int64_t>({n});
+    const uint8_t* in = bits.cpu<uint8_t>({n, height, row_bytes(width)});
+    check_pixel_count(height, width);
+    py::gil_scoped_release unlocked;
+    connected_components(out, out_count, in, n, height, width, num_threads);
+  });
+  m.def("remove_small_regions", [](py::handle out_, py::handle changed_, py::handle bits_, int64_t width,
+                                   double area_threshold, bool holes, int num_threads) {
+    const TensorView out = view(out_, "out"), changed = view(changed_, "changed"), bits = view(bits_, "bits");
+    const uint8_t* in = bits.cpu<uint8_t>({-1, -1, row_bytes(width)});
+    const int64_t n = bits.size(0), height = bits.size(1);
+    uint8_t* cleaned = out.cpu<uint8_t>({n, height, row_bytes(width)});
+    bool* flags = changed.cpu<bool>({n});
+    check_pixel_count(height, width);
+    py::gil_scoped_release unlocked;
+    remove_small_regions(cleaned, flags, in, n, height, width, area_threshold, holes, num_threads);
+  });
+}
+
 }  // namespace
 }  // namespace sam_fast
 
@@ -197,4 +228,5 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_postprocess_masks(m);
   bind_rle(m);
   bind_nms(m);
+  bind_connected_components(m);
 }
