@@ -12,6 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sam_fast.ops.packed_masks import pack_masks, unpack_masks
+from sam_fast.ops.rle import compress_counts, decode_rle, encode_rle, rle_area
+
 
 class MaskData:
     """Masks and what is known about them: named lists, numpy arrays and tensors of one common length."""
@@ -126,44 +129,34 @@ def batch_iterator(batch_size: int, *args: Any) -> Generator[list[Any], None, No
 
 
 def mask_to_rle_pytorch(tensor: torch.Tensor) -> list[dict[str, Any]]:
-    """Encode masks [B,H,W] as run lengths down the columns, {"size": [H,W], "counts": [zeros, ones, zeros, ...]}.
+    """Encode masks as run lengths down the columns, starting with zeros; masks of any total size.
+
+    Args:
+        tensor: [B,H,W], nonzero is foreground.
+
+    Returns:
+        B dicts {"size": [H,W], "counts": [int, ...]}.
 
     Raises:
         ValueError: not three dimensions.
     """
     if tensor.ndim != 3:
         raise ValueError(f"masks must be [B,H,W], got {tuple(tensor.shape)}")
-    height, width = tensor.shape[1:]
-    # One mask at a time: the index tensor of a whole batch of large masks would pass 2^31 elements.
-    return [{"size": [height, width], "counts": _run_lengths(mask)} for mask in tensor]
-
-
-def _run_lengths(mask: torch.Tensor) -> list[int]:
-    pixels = (mask != 0).t().flatten()
-    if len(pixels) == 0:
-        return []
-    changes = (pixels[1:] != pixels[:-1]).nonzero().flatten().cpu().numpy() + 1
-    counts = np.diff(changes, prepend=0, append=len(pixels)).tolist()
-    return [0, *counts] if pixels[0] else counts
+    return encode_rle(pack_masks(tensor != 0), tensor.shape[2])
 
 
 def rle_to_mask(rle: dict[str, Any]) -> np.ndarray:
-    """Decode an uncompressed RLE to a bool mask [H,W].
+    """Decode one RLE, its counts integers or COCO's string, to a bool mask [H,W].
 
     Raises:
         ValueError: the counts do not add up to H * W.
     """
-    height, width = rle["size"]
-    counts = np.asarray(rle["counts"], dtype=np.int64)
-    if counts.sum() != height * width or (counts < 0).any():
-        raise ValueError(f"the counts of a {height} x {width} RLE must add up to {height * width}, got {counts.sum()}")
-    values = np.arange(len(counts)) % 2 == 1
-    return np.repeat(values, counts).reshape(width, height).transpose()
+    return unpack_masks(decode_rle([rle]), rle["size"][1])[0].numpy()
 
 
 def area_from_rle(rle: dict[str, Any]) -> int:
-    """The number of foreground pixels of an uncompressed RLE."""
-    return sum(rle["counts"][1::2])
+    """The number of foreground pixels of an RLE, its counts integers or COCO's string."""
+    return rle_area(rle)
 
 
 def calculate_stability_score(masks: torch.Tensor, mask_threshold: float, threshold_offset: float) -> torch.Tensor:
@@ -276,25 +269,23 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
     Raises:
         ValueError: unknown mode, or not two dimensions.
     """
-    from sam_fast.ops import connected_components, packed_masks
+    from sam_fast.ops import connected_components
 
     if mode not in ("holes", "islands"):
         raise ValueError(f"mode must be 'holes' or 'islands', got {mode!r}")
     if mask.ndim != 2:
         raise ValueError(f"mask must be [H,W], got {mask.shape}")
-    bits = packed_masks.pack_masks(torch.from_numpy(np.array(mask != 0))[None])
+    bits = pack_masks(torch.from_numpy(np.array(mask != 0))[None])
     bits, changed = connected_components.remove_small_regions(bits, mask.shape[1], area_thresh, mode)
     if not changed[0]:
         return mask, False
-    return packed_masks.unpack_masks(bits, mask.shape[1])[0].numpy(), True
+    return unpack_masks(bits, mask.shape[1])[0].numpy(), True
 
 
 def coco_encode_rle(uncompressed_rle: dict[str, Any]) -> dict[str, Any]:
     """Compress an RLE to COCO's string form, {"size": [H,W], "counts": str}, ready for JSON and pycocotools."""
-    from sam_fast.ops import rle
-
     height, width = uncompressed_rle["size"]
-    return {"size": [height, width], "counts": rle.compress_counts(uncompressed_rle["counts"])}
+    return {"size": [height, width], "counts": compress_counts(uncompressed_rle["counts"])}
 
 
 def batched_mask_to_box(masks: torch.Tensor) -> torch.Tensor:

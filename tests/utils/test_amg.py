@@ -239,6 +239,13 @@ def test_mask_to_rle_equals_official_and_decodes(masks):
         json.dumps(rle)
 
 
+def test_compressed_rle_is_decoded_too():
+    mask = random_masks(1, 30, 41)
+    compressed = amg.coco_encode_rle(amg.mask_to_rle_pytorch(mask)[0])
+    np.testing.assert_array_equal(amg.rle_to_mask(compressed), mask[0].numpy())
+    assert amg.area_from_rle(compressed) == int(mask.sum())
+
+
 @pytest.mark.parametrize("fill", [False, True], ids=["empty", "full"])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 63, 65), (1, 1, 200), (1, 200, 1)])
 def test_rle_of_uniform_masks(fill, shape):
@@ -281,7 +288,7 @@ def test_calculate_stability_score_equals_official(dtype):
     for threshold, offset in [(0.0, 1.0), (-1.5, 0.5), (0.3, 0.0)]:
         score = amg.calculate_stability_score(logits, threshold, offset)
         assert torch.equal(score, theirs.calculate_stability_score(logits, threshold, offset))
-        assert score.dtype == torch.float32 and 0 < score.min()
+        assert score.dtype == torch.float32 and score.min() > 0
 
 
 def test_stability_of_an_empty_mask_is_nan_and_of_no_masks_is_empty():

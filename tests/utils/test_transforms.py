@@ -131,7 +131,12 @@ def test_apply_image_torch_is_within_rounding_of_apply_image():
 
 @pytest.mark.parametrize(
     "image",
-    [np.zeros((4, 4, 5), np.uint8), np.zeros((4, 4, 3), np.float32), np.zeros(4, np.uint8), np.zeros((0, 4, 3), np.uint8)],
+    [
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros(4, np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
     ids=["five_channels", "float_colours", "one_dimension", "empty"],
 )
 def test_apply_image_says_what_is_wrong(image):
