@@ -1,0 +1,217 @@
+"""`sam-fast amg`: masks of everything in images, with the flags and output files of segment_anything's scripts/amg.py."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sam_fast.cli.console import item_progress, out, report_error
+from sam_fast.cli.model import (
+    Backend,
+    BackendOption,
+    Checkpoint,
+    Device,
+    ModelType,
+    Precision,
+    PrecisionOption,
+    choose_device,
+    load_model,
+)
+
+METADATA_COLUMNS = (
+    "id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,"
+    "predicted_iou,stability_score,crop_box_x0,crop_box_y0,crop_box_w,crop_box_h"
+)
+_SETTINGS = "Mask generator"
+
+
+def amg(
+    input: Annotated[Path, typer.Option("--input", help="An image, or a folder of images.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder for the results; made if it is missing.")],
+    model_type: ModelType,
+    checkpoint: Checkpoint,
+    device: Device = None,
+    convert_to_rle: Annotated[
+        bool, typer.Option("--convert-to-rle", help="One JSON of COCO RLEs per image, not a folder of PNGs and a CSV.")
+    ] = False,
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write <image>_overlay.jpg, the masks drawn on the image.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an image's folder of masks if it exists.")
+    ] = False,
+    precision: PrecisionOption = Precision.auto,
+    backend: BackendOption = Backend.auto,
+    points_per_side: Annotated[
+        int | None, typer.Option(help="Side of the grid of point prompts.", min=1, rich_help_panel=_SETTINGS)
+    ] = None,
+    points_per_batch: Annotated[
+        int | None, typer.Option(help="Prompts decoded together.", min=1, rich_help_panel=_SETTINGS)
+    ] = None,
+    pred_iou_thresh: Annotated[
+        float | None, typer.Option(help="Keep masks whose predicted IoU is above it.", rich_help_panel=_SETTINGS)
+    ] = None,
+    stability_score_thresh: Annotated[
+        float | None, typer.Option(help="Keep masks whose stability score reaches it.", rich_help_panel=_SETTINGS)
+    ] = None,
+    stability_score_offset: Annotated[
+        float | None, typer.Option(help="Shift of the threshold that measures stability.", rich_help_panel=_SETTINGS)
+    ] = None,
+    box_nms_thresh: Annotated[
+        float | None, typer.Option(help="Box IoU above which masks are duplicates.", rich_help_panel=_SETTINGS)
+    ] = None,
+    crop_n_layers: Annotated[
+        int | None, typer.Option(help="Layers of crops to run on as well.", min=0, rich_help_panel=_SETTINGS)
+    ] = None,
+    crop_nms_thresh: Annotated[
+        float | None, typer.Option(help="The same between masks of different crops.", rich_help_panel=_SETTINGS)
+    ] = None,
+    crop_overlap_ratio: Annotated[
+        float | None, typer.Option(help="Overlap of the crops, part of the shorter side.", rich_help_panel=_SETTINGS)
+    ] = None,
+    crop_n_points_downscale_factor: Annotated[
+        int | None, typer.Option(help="Divides the grid's side in each layer of crops.", min=1, rich_help_panel=_SETTINGS)
+    ] = None,
+    min_mask_region_area: Annotated[
+        int | None, typer.Option(help="Remove holes and islands of fewer pixels.", min=0, rich_help_panel=_SETTINGS)
+    ] = None,
+) -> None:
+    """Find masks of everything in an image or in each image of a folder.
+
+    Settings of the mask generator that are left out take SamAutomaticMaskGenerator's defaults. Exit code 1 if an image
+    could not be read; the others are done all the same.
+    """
+    settings = {
+        "points_per_side": points_per_side,
+        "points_per_batch": points_per_batch,
+        "pred_iou_thresh": pred_iou_thresh,
+        "stability_score_thresh": stability_score_thresh,
+        "stability_score_offset": stability_score_offset,
+        "box_nms_thresh": box_nms_thresh,
+        "crop_n_layers": crop_n_layers,
+        "crop_nms_thresh": crop_nms_thresh,
+        "crop_overlap_ratio": crop_overlap_ratio,
+        "crop_n_points_downscale_factor": crop_n_points_downscale_factor,
+        "min_mask_region_area": min_mask_region_area,
+    }
+    images, ignored = find_images(input)
+    check_targets(images, output, convert_to_rle, overwrite)
+
+    from sam_fast import SamAutomaticMaskGenerator
+
+    device = choose_device(device)
+    generator = SamAutomaticMaskGenerator(
+        load_model(model_type, checkpoint, device),
+        output_mode="coco_rle" if convert_to_rle else "binary_mask",
+        precision=precision.value,
+        backend=backend.value,
+        **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    masks, unreadable = 0, 0
+    with item_progress() as progress:
+        for path in progress.track(images, description="masks"):
+            found = _process(generator, path, output, overlay)
+            masks += found or 0
+            unreadable += found is None
+    seconds = time.perf_counter() - started
+    done = len(images) - unreadable
+    summary = f"{masks} masks of {done} image{'s' * (done != 1)} in {seconds:.1f} s on {device}, written to {output}"
+    if ignored:
+        summary += f"; {ignored} other file{'s' * (ignored != 1)} ignored"
+    out().print(summary + (f"; [red]{unreadable} unreadable[/]" if unreadable else ""))
+    if unreadable:
+        raise typer.Exit(1)
+
+
+def find_images(path: Path) -> tuple[list[Path], int]:
+    """Return the images that `path` stands for, in order of name, and how many other files lie beside them.
+
+    A file is taken at its word; of a folder those files are taken whose suffix is that of an image format.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or no image in the folder.
+    """
+    from PIL import Image
+
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"no image or folder at {path}")
+        return [path], 0
+    suffixes = Image.registered_extensions()
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    images = [file for file in files if file.suffix.lower() in suffixes]
+    if not images:
+        raise FileNotFoundError(f"no images in the folder {path}")
+    return images, len(files) - len(images)
+
+
+def check_targets(images: Sequence[Path], output: Path, as_json: bool, overwrite: bool) -> None:
+    """Find out before any work that two images would share their results, or that results exist.
+
+    Raises:
+        ValueError: two images differ in their suffix only.
+        FileExistsError: a folder of masks exists and `overwrite` is off.
+    """
+    stem, count = Counter(image.stem for image in images).most_common(1)[0]
+    if count > 1:
+        names = ", ".join(image.name for image in images if image.stem == stem)
+        raise ValueError(f"the results of {names} would share one name; put these images into different folders")
+    existing = [output / image.stem for image in images if not as_json and (output / image.stem).exists()]
+    if existing and not overwrite:
+        raise FileExistsError(f"{existing[0]} exists; remove it, choose another --output, or pass --overwrite")
+
+
+def write_folder(records: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write masks as 0.png, 1.png, ... (0 and 255) and what is known about them as metadata.csv.
+
+    Masks that an earlier run left in the folder are removed.
+    """
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.png"):
+        if stale.stem.isdigit():
+            stale.unlink()
+    rows = [METADATA_COLUMNS]
+    for i, record in enumerate(records):
+        Image.fromarray(record["segmentation"]).convert("L").save(folder / f"{i}.png", compress_level=1)
+        values = [
+            i,
+            record["area"],
+            *record["bbox"],
+            *record["point_coords"][0],
+            record["predicted_iou"],
+            record["stability_score"],
+            *record["crop_box"],
+        ]
+        rows.append(",".join(map(str, values)))
+    (folder / "metadata.csv").write_text("\n".join(rows))
+
+
+def _process(generator: Any, path: Path, output: Path, overlay: bool) -> int | None:
+    """Write the results of one image; return the number of masks, or None where it cannot be read."""
+    from sam_fast.preprocess import read_image
+
+    try:
+        image = read_image(path)
+    except (ValueError, OSError) as error:
+        report_error(f"skipped: {error}")
+        return None
+    records = generator.generate(image)
+    if generator.output_mode == "binary_mask":
+        write_folder(records, output / path.stem)
+    else:
+        (output / f"{path.stem}.json").write_text(json.dumps(records))
+    if overlay:
+        from sam_fast.utils.overlay import draw_masks
+
+        draw_masks(image, records).save(output / f"{path.stem}_overlay.jpg", quality=92)
+    return len(records)

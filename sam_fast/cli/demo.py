@@ -1,0 +1,65 @@
+"""`sam-fast demo`: automatic masks of a photo that comes with the package, as a picture."""
+
+from __future__ import annotations
+
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam_fast.cli.console import out
+from sam_fast.cli.model import Device, choose_device, load_model
+
+_SEED = 0
+# A quarter of the default grid's points: the demo is to end within a minute on two cores.
+_POINTS_PER_SIDE = 16
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Folder for the picture; made if it is missing.")],
+    model_type: Annotated[str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")] = "vit_b",
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Weights of that model; without them, random ones.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="A photo of your own.")] = None,
+    device: Device = None,
+) -> None:
+    """Run automatic mask generation on a photo and draw the masks beside it."""
+    from PIL import Image
+
+    from sam_fast import SamAutomaticMaskGenerator
+    from sam_fast.preprocess import read_image
+    from sam_fast.utils.overlay import beside, draw_masks
+
+    device = choose_device(device)
+    model = load_model(model_type, checkpoint, device)
+    if checkpoint is None:
+        from sam_fast.modeling.seeded import seed_weights
+
+        seed_weights(model, _SEED)
+    name = "astronaut" if image is None else image.stem
+    with resources.as_file(resources.files("sam_fast") / "assets" / "photos" / "astronaut.jpg") as packaged:
+        photo = read_image(packaged if image is None else image)
+
+    generator = SamAutomaticMaskGenerator(model, points_per_side=_POINTS_PER_SIDE)
+    started = time.perf_counter()
+    records = generator.generate(photo)
+    seconds = time.perf_counter() - started
+
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{name}_masks.jpg"
+    beside(Image.fromarray(photo), draw_masks(photo, records)).save(path, quality=92)
+    console = out()
+    height, width = photo.shape[:2]
+    console.print(
+        f"{len(records)} masks of {name} ({width} x {height}) by {model_type} on {device} in {seconds:.1f} s, "
+        f"{_POINTS_PER_SIDE} x {_POINTS_PER_SIDE} points"
+    )
+    console.print(f"picture: {path}")
+    if checkpoint is None:
+        console.print(
+            f"[yellow]These weights are random (seed {_SEED}): the masks mean nothing, they show that the pipeline works.[/]\n"
+            f"For real masks: sam-fast download {model_type} and then --checkpoint with the file."
+        )

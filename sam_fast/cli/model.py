@@ -1,0 +1,85 @@
+"""Options about the model that several commands share, and what they lead to: a Sam on a device."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sam_fast.modeling import Sam
+
+
+class Precision(str, Enum):
+    """Number formats of inference."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Backend(str, Enum):
+    """Implementations of the operations."""
+
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
+ModelType = Annotated[str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")]
+Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Weights of that model: .pth or .safetensors.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to run, such as cpu or cuda:1.", show_default="cuda if there is one, else cpu"),
+]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--precision", help="Number format; auto is bf16 on GPUs that have it, else fp32.")
+]
+BackendOption = Annotated[
+    Backend, typer.Option("--backend", help="Implementation of the operations; see `sam-fast doctor`.")
+]
+
+
+def choose_device(requested: str | None) -> str:
+    """Return `requested`, or the best device of this machine.
+
+    Raises:
+        ValueError: the name is not one of a device.
+        RuntimeError: that device is not here.
+    """
+    import torch
+
+    if requested is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be like cpu, cuda or cuda:1, got {requested!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"--device {requested}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s); "
+            "`sam-fast doctor` says why"
+        )
+    return requested
+
+
+def load_model(model_type: str, checkpoint: Path | None, device: str) -> Sam:
+    """Build a model of the registry in eval mode on `device`; without a checkpoint its weights are uninitialised noise.
+
+    Raises:
+        ValueError: the registry has no such model, or the checkpoint does not fit it.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    from sam_fast import sam_model_registry
+
+    if model_type not in sam_model_registry:
+        raise ValueError(f"--model-type must be one of {', '.join(sorted(sam_model_registry))}, got {model_type!r}")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {checkpoint}; `sam-fast download vit_b` (or vit_l, vit_h) fetches the official one"
+        )
+    model = sam_model_registry[model_type](checkpoint=None if checkpoint is None else str(checkpoint))
+    return model.to(device=device).eval()
