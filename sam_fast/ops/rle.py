@@ -102,6 +102,20 @@ def rle_area(rle: Mapping[str, Any]) -> int:
     return sum(decompress_counts(counts)[1::2] if isinstance(counts, str | bytes) else counts[1::2])
 
 
+def rle_box(rle: Mapping[str, Any]) -> list[int]:
+    """Return the box of a run-length encoded mask: XYXY, inclusive, pixels; zeros for an empty mask."""
+    height = int(rle["size"][0])
+    ends = np.cumsum(rle["counts"], dtype=np.int64)
+    starts, stops = ends[0::2][: len(ends) // 2], ends[1::2]
+    foreground = stops > starts
+    starts, last = starts[foreground], stops[foreground] - 1
+    if len(starts) == 0:
+        return [0, 0, 0, 0]
+    wraps = (starts // height != last // height).any()  # a run over the end of a column touches top and bottom
+    top, bottom = (0, height - 1) if wraps else (int((starts % height).min()), int((last % height).max()))
+    return [int(starts[0] // height), top, int(last[-1] // height), bottom]
+
+
 def compress_counts(counts: Sequence[int], *, backend: str = "auto") -> str:
     """COCO's compressed string of run lengths.
 

@@ -18,6 +18,7 @@ from sam_fast.ops.rle import (
     encode_rle,
     encode_runs,
     rle_area,
+    rle_box,
 )
 
 BACKENDS = ["native", "torch"]
@@ -294,3 +295,12 @@ def test_compiles_as_one_graph():
     back, counts = torch.compile(round_trip, fullgraph=True, backend="aot_eager")(bits)
     assert torch.equal(back, bits)
     assert torch.equal(counts, encode_runs(bits, 70)[0])
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_rle_box_is_the_box_of_the_mask(density):
+    masks = torch.rand(30, 9, 13, generator=torch.Generator().manual_seed(0)) < density
+    for mask, rle in zip(masks, encode_rle(pack_masks(masks), 13), strict=True):
+        y, x = mask.nonzero(as_tuple=True)
+        expected = [int(x.min()), int(y.min()), int(x.max()), int(y.max())] if len(x) else [0, 0, 0, 0]
+        assert rle_box(rle) == expected
