@@ -1,0 +1,235 @@
+"""The timing core: peers interleaved in one run, a correctness gate before any time, rows with provenance.
+
+A time on a shared machine wanders by tens of percent within minutes, so peers take turns and ratios of medians are what
+counts. A peer whose result is wrong has no time: `compare` raises before it measures.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class WrongResult(RuntimeError):
+    """A peer's result does not pass the gate; its time must not be reported."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation: `run()` does all of the work and returns the result."""
+
+    name: str
+    run: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each repetition of one peer."""
+
+    name: str
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of benchmarks/results/*.csv: what was measured, the result, and where it comes from."""
+
+    benchmark: str
+    case: str
+    shape: str
+    dtype: str
+    peer: str
+    median_ms: float
+    best_ms: float
+    repetitions: int
+    speedup: float  # median of the first peer / median of this one
+    peak_extra_mb: float | None = None  # 10**6 bytes above the memory held before the call
+    device: str = ""
+    cores: int = 0
+    threads: int = 0
+    cpu_capability: str = ""
+    torch: str = ""
+    python: str = ""
+    commit: str = ""
+    date: str = ""
+    command: str = ""
+
+
+def compare(
+    peers: Sequence[Peer],
+    gate: Callable[[Any, Any], None],
+    *,
+    repetitions: int = 5,
+    warmup: int = 1,
+) -> list[Timing]:
+    """Time peers in turns after checking each one's result against the first's.
+
+    Args:
+        peers: the first one is the reference.
+        gate: called as gate(reference result, other result); raises `WrongResult` if they differ.
+        repetitions: rounds; every round runs every peer once.
+        warmup: rounds before the timed ones, the gate's run included.
+
+    Raises:
+        WrongResult: from the gate.
+    """
+    reference = peers[0].run()
+    for peer in peers[1:]:
+        gate(reference, peer.run())
+    del reference
+    for _ in range(warmup - 1):
+        for peer in peers:
+            peer.run()
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    for _ in range(repetitions):
+        for peer in peers:
+            start = time.perf_counter()
+            result = peer.run()
+            seconds[peer.name].append(time.perf_counter() - start)
+            del result  # before the next peer starts: it needs the memory
+    return [Timing(name, tuple(values)) for name, values in seconds.items()]
+
+
+def peak_extra_memory(setup: Callable[..., Callable[[], Any]], *args: Any) -> int:
+    """Peak resident memory in bytes that `setup(*args)()` takes above what is held before it, in a fresh process.
+
+    `setup` is a module-level function; it prepares inputs, warms libraries up and returns the call to measure. The
+    result is alive at the peak and counts.
+
+    Raises:
+        RuntimeError: not on Linux, whose kernel keeps and resets the peak.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        raise RuntimeError("peak memory is read from /proc, which only Linux has")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(_measure_memory, torch.get_num_threads(), setup, args).result()
+
+
+def _measure_memory(threads: int, setup: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> int:
+    torch.set_num_threads(threads)
+    call = setup(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident size
+    before = _status_bytes("VmRSS")
+    result = call()
+    peak = _status_bytes("VmHWM")
+    del result
+    return peak - before
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def provenance() -> dict[str, Any]:
+    """Where and how a row was measured: the provenance fields of `Row`."""
+    return {
+        "device": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "-m", _module_name(), *sys.argv[1:]]),
+    }
+
+
+def cpu_model() -> str:
+    """The processor's name as the system reports it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The short hash of the checked-out commit, with -dirty if tracked files differ, or "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return run.stdout.strip() or "unknown"
+
+
+def rows(
+    benchmark: str, case: str, shape: str, dtype: str, timings: Sequence[Timing], peak_bytes: dict[str, int] | None = None
+) -> list[Row]:
+    """Timings as rows; the speed-ups are against the first."""
+    origin = provenance()
+    peaks = peak_bytes or {}
+    return [
+        Row(
+            benchmark=benchmark,
+            case=case,
+            shape=shape,
+            dtype=dtype,
+            peer=timing.name,
+            median_ms=round(timing.median * 1e3, 4),
+            best_ms=round(timing.best * 1e3, 4),
+            repetitions=len(timing.seconds),
+            speedup=round(timings[0].median / timing.median, 2),
+            peak_extra_mb=round(peaks[timing.name] / 1e6, 1) if timing.name in peaks else None,
+            **origin,
+        )
+        for timing in timings
+    ]
+
+
+def write_rows(name: str, new: Sequence[Row]) -> Path:
+    """Append rows to benchmarks/results/<name>.csv, with a header if the file is new."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        if is_new:
+            writer.writeheader()
+        writer.writerows(asdict(row) for row in new)
+    return path
+
+
+def print_rows(new: Sequence[Row]) -> None:
+    """Print rows as a table."""
+    print(f"{'case':<24}{'peer':<28}{'median ms':>12}{'best ms':>12}{'speed-up':>10}{'peak MB':>10}")
+    for row in new:
+        peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.1f}"
+        print(
+            f"{row.case:<24}{row.peer:<28}{row.median_ms:>12.3f}{row.best_ms:>12.3f}{row.speedup:>9.1f}x{peak:>10}",
+            flush=True,
+        )
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else "benchmarks"
