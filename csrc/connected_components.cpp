@@ -173,8 +173,8 @@ bool remove_small_regions_of_one(uint8_t* out, const Regions& mask, double area_
 template <typename Visit>
 void for_each_mask(const uint8_t* bits, int64_t n, int64_t height, int64_t width, bool inverted, int num_threads,
                    Visit visit) {
-  const int threads = static_cast<int>(std::min<int64_t>(num_threads, n));
-  if (threads == 0 || height == 0 || width == 0) return;
+  if (n == 0 || height == 0 || width == 0) return;
+  const int threads = worth_threads(n, height * width) ? static_cast<int>(std::min<int64_t>(num_threads, n)) : 1;
   const int64_t stride = height * row_bytes(width);
   int64_t most = 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(max : most) if (threads > 1)

@@ -33,6 +33,12 @@ inline void flip_range(uint8_t* row, int64_t begin, int64_t end) {
   }
 }
 
+// Whether an operation on n masks is worth a parallel region. A region costs a microsecond on an idle machine, but
+// milliseconds where other processes keep one of its threads from running, so it should have a millisecond to save.
+inline bool worth_threads(int64_t n, int64_t pixels_per_mask) {
+  return n > 1 && n * pixels_per_mask >= (int64_t{1} << 22);
+}
+
 // masks [rows, width], one byte per pixel, non-zero = true  ->  bits [rows, row_bytes(width)].
 void pack_masks(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, int num_threads);
 

@@ -107,6 +107,9 @@ void decode_one(uint8_t* bits, const int64_t* counts, int64_t size, int64_t heig
   }
 }
 
+// One thread writes this many counts in 0.5 ms.
+constexpr int64_t kParallelCounts = 1 << 16;
+
 // What COCO's string stores for count i: the difference to the count of the same colour before it, from the 4th on.
 inline int64_t stored_value(const int64_t* counts, int64_t i) { return i > 2 ? counts[i] - counts[i - 2] : counts[i]; }
 
@@ -119,7 +122,7 @@ inline bool has_more(int64_t digit, int64_t rest) { return (digit & 0x10) != 0 ?
 void rle_offsets(int64_t* offsets, const uint8_t* bits, int64_t n, const Placement& place, int num_threads) {
   const int64_t stride = place.height * row_bytes(place.width);
   offsets[0] = 0;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (n > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (worth_threads(n, place.height * place.width))
   for (int64_t i = 0; i < n; ++i) {
     int64_t runs = 1;
     for_each_run_start(bits + i * stride, place,
@@ -132,8 +135,8 @@ void rle_offsets(int64_t* offsets, const uint8_t* bits, int64_t n, const Placeme
 void rle_encode(int64_t* counts, const int64_t* offsets, const uint8_t* bits, int64_t n, const Placement& place,
                 int num_threads) {
   const int64_t stride = place.height * row_bytes(place.width);
-  const int threads = static_cast<int>(std::min<int64_t>(num_threads, n));
-  if (threads == 0) return;
+  const bool threaded = worth_threads(n, place.height * place.width);
+  const int threads = threaded ? static_cast<int>(std::min<int64_t>(num_threads, n)) : 1;
   std::vector<int64_t> scratch(static_cast<size_t>(threads * (place.width + 1)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
@@ -145,7 +148,8 @@ void rle_encode(int64_t* counts, const int64_t* offsets, const uint8_t* bits, in
 int64_t rle_decode(uint8_t* bits, const int64_t* counts, const int64_t* offsets, int64_t n, int64_t height,
                    int64_t width, int num_threads) {
   int64_t first_bad = n;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) reduction(min : first_bad) if (n > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) \
+    reduction(min : first_bad) if (worth_threads(n, height * width))
   for (int64_t i = 0; i < n; ++i) {
     const int64_t* mine = counts + offsets[i];
     const int64_t size = offsets[i + 1] - offsets[i];
@@ -177,7 +181,7 @@ void rle_compressed_offsets(int64_t* string_offsets, const int64_t* counts, cons
 
 void rle_compress(uint8_t* text, const int64_t* string_offsets, const int64_t* counts, const int64_t* offsets,
                   int64_t n, int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (n > 1)
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) if (offsets[n] - offsets[0] >= kParallelCounts)
   for (int64_t m = 0; m < n; ++m) {
     const int64_t* mine = counts + offsets[m];
     uint8_t* out = text + string_offsets[m];

@@ -178,6 +178,16 @@ def test_batches_non_contiguous_bits_and_dirty_padding(backend, mode, official_r
         assert np.array_equal(ours.numpy(), expected)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_large_batches_use_threads(mode, official_remove_small_regions):
+    fields = np.random.default_rng(0).random((11, 700, 601))  # above the size from which threads are used
+    masks = np.stack([cv2.blur(field, (5, 5)) > 0.4 + 0.02 * i for i, field in enumerate(fields)])
+    cleaned, changed = remove_small_regions(pack_masks(torch.from_numpy(masks)), 601, 50, mode, backend="native")
+    assert changed.all()
+    for mask, ours in zip(masks, cleaned, strict=True):
+        assert torch.equal(ours[None], pack(official_remove_small_regions(mask, 50, mode)[0]))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 9), (2, 0, 9), (2, 5, 0)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do(backend, shape):

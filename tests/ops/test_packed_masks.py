@@ -85,6 +85,13 @@ def test_padding_bits_are_ignored(backend):
     assert torch.equal(unpack_masks(bits, 67, backend=backend), masks)
 
 
+def test_large_batches_use_threads():
+    masks = random_masks(40, 700, 601)  # above the size from which threads are used
+    bits = pack_masks(masks, backend="native")
+    assert torch.equal(bits, expected_bits(masks))
+    assert torch.equal(unpack_masks(bits, 601, backend="native"), masks)
+
+
 @given(shape=st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 300)), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=60)
 def test_random_shapes(shape, seed):

@@ -175,6 +175,17 @@ def test_zero_counts_inside_a_code(backend):
     assert torch.equal(unpack_masks(decode_rle([code], backend=backend), 3)[0], expected)
 
 
+def test_large_batches_use_threads():
+    masks = random_masks(11, 700, 601, density=0.05)  # above the sizes from which threads are used
+    bits = pack_masks(masks)
+    codes = encode_coco_rle(bits, 601, backend="native")
+    assert [code["counts"].encode() for code in codes] == [code["counts"] for code in coco_codes(masks)]
+    assert torch.equal(decode_rle(codes, backend="native"), bits)
+    codes[7] = {"size": [700, 601], "counts": [5]}
+    with pytest.raises(ValueError, match="mask 7 add up to 5,"):
+        decode_rle(codes, backend="native")
+
+
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 200)),
     margins=st.tuples(*[st.integers(0, 3)] * 4),

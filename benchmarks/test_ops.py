@@ -1,0 +1,134 @@
+"""Micro-benchmarks of the integer operations against their references and the libraries they replace.
+
+Run with `python -m pytest benchmarks/test_ops.py --benchmark-only`. Each group is one task on the same input; the
+results of its contenders are compared before they are timed.
+"""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco
+
+from sam_fast.ops.connected_components import remove_small_regions
+from sam_fast.ops.nms import nms
+from sam_fast.ops.packed_masks import pack_masks, unpack_masks
+from sam_fast.ops.rle import compress_counts, decode_rle, decompress_counts, encode_coco_rle, encode_rle
+
+N, HEIGHT, WIDTH = 3, 1200, 1800  # the masks of one prompt on a photo
+
+
+@pytest.fixture(scope="module")
+def masks() -> torch.Tensor:
+    """Smooth blobs as a decoder makes them, with a few specks. [N, HEIGHT, WIDTH] bool."""
+    rng = np.random.default_rng(0)
+    smooth = [cv2.GaussianBlur(rng.standard_normal((HEIGHT, WIDTH)), (0, 0), 40) for _ in range(N)]
+    blobs = np.stack([field > field.std() for field in smooth])
+    return torch.from_numpy(blobs ^ (rng.random(blobs.shape) < 1e-4))
+
+
+@pytest.fixture(scope="module")
+def bits(masks) -> torch.Tensor:
+    return pack_masks(masks)
+
+
+@pytest.fixture(scope="module")
+def boxes() -> tuple[torch.Tensor, torch.Tensor]:
+    """3072 boxes of all sizes in an image, of which about half survive, as in automatic mask generation."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.rand(3072, 2, generator=generator) * 1000
+    size = torch.rand(3072, 2, generator=generator) * 500 + 10
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1), torch.rand(3072, generator=generator)
+
+
+def coco_encode(masks: torch.Tensor) -> list[dict]:
+    return coco.encode(np.asfortranarray(masks.numpy().transpose(1, 2, 0).astype(np.uint8)))
+
+
+@pytest.mark.benchmark(group="pack_masks")
+@pytest.mark.parametrize("contender", ["native", "torch", "numpy"])
+def test_pack_masks(benchmark, masks, bits, contender):
+    if contender == "numpy":
+        packed = benchmark(lambda: np.packbits(masks.numpy(), axis=-1, bitorder="little"))
+        assert np.array_equal(packed, bits.numpy()[..., : packed.shape[-1]])
+    else:
+        assert torch.equal(benchmark(lambda: pack_masks(masks, backend=contender)), bits)
+
+
+@pytest.mark.benchmark(group="unpack_masks")
+@pytest.mark.parametrize("contender", ["native", "torch", "numpy"])
+def test_unpack_masks(benchmark, masks, bits, contender):
+    if contender == "numpy":
+        array = bits.numpy()
+        unpacked = benchmark(lambda: np.unpackbits(array, axis=-1, count=WIDTH, bitorder="little"))
+        assert np.array_equal(unpacked, masks.numpy())
+    else:
+        assert torch.equal(benchmark(lambda: unpack_masks(bits, WIDTH, backend=contender)), masks)
+
+
+@pytest.mark.benchmark(group="encode to COCO strings")
+@pytest.mark.parametrize("contender", ["native", "torch", "pycocotools"])
+def test_encode_coco_rle(benchmark, masks, bits, contender):
+    if contender == "pycocotools":
+        codes = benchmark(lambda: coco_encode(masks))
+    else:
+        codes = benchmark(lambda: encode_coco_rle(bits, WIDTH, backend=contender))
+        codes = [{**code, "counts": code["counts"].encode()} for code in codes]
+    assert codes == coco_encode(masks)
+
+
+@pytest.mark.benchmark(group="encode to counts")
+@pytest.mark.parametrize("contender", ["native", "torch"])
+def test_encode_rle(benchmark, masks, bits, contender):
+    codes = benchmark(lambda: encode_rle(bits, WIDTH, backend=contender))
+    assert [compress_counts(code["counts"]).encode() for code in codes] == [c["counts"] for c in coco_encode(masks)]
+
+
+@pytest.mark.benchmark(group="decode COCO strings")
+@pytest.mark.parametrize("contender", ["native", "torch", "pycocotools"])
+def test_decode_rle(benchmark, masks, bits, contender):
+    codes = coco_encode(masks)
+    if contender == "pycocotools":
+        assert np.array_equal(benchmark(lambda: coco.decode(codes)), masks.numpy().transpose(1, 2, 0))
+    else:
+        assert torch.equal(benchmark(lambda: decode_rle(codes, backend=contender)), bits)
+
+
+@pytest.mark.benchmark(group="compress counts")
+@pytest.mark.parametrize("contender", ["native", "torch", "pycocotools"])
+def test_compress_counts(benchmark, bits, contender):
+    code = encode_rle(bits, WIDTH)[0]
+    if contender == "pycocotools":
+        text = benchmark(lambda: coco.frPyObjects(code, HEIGHT, WIDTH)["counts"].decode())
+    else:
+        text = benchmark(lambda: compress_counts(code["counts"], backend=contender))
+    assert decompress_counts(text) == code["counts"]
+
+
+@pytest.mark.benchmark(group="nms of 3072 boxes")
+@pytest.mark.parametrize("threshold", [0.7, 0.3])
+@pytest.mark.parametrize("contender", ["native", "torch"])
+def test_nms(benchmark, boxes, threshold, contender):
+    kept = benchmark(lambda: nms(*boxes, threshold, backend=contender))
+    assert torch.equal(kept, nms(*boxes, threshold, backend="torch"))
+
+
+def opencv_fill_holes(mask: np.ndarray, area_threshold: int) -> np.ndarray:
+    """The usual way with OpenCV: label the background, look up the small labels."""
+    _, labels, stats, _ = cv2.connectedComponentsWithStats((~mask).astype(np.uint8), connectivity=8)
+    small = stats[:, cv2.CC_STAT_AREA] < area_threshold
+    small[0] = False
+    return mask | small[labels]
+
+
+# The torch reference needs minutes on masks of this size (it spreads labels pixel by pixel), so it is not timed.
+@pytest.mark.benchmark(group="fill small holes")
+@pytest.mark.parametrize("contender", ["native", "opencv"])
+def test_remove_small_regions(benchmark, masks, bits, contender):
+    expected = np.stack([opencv_fill_holes(mask, 100) for mask in masks.numpy()])
+    if contender == "opencv":
+        benchmark(lambda: [opencv_fill_holes(mask, 100) for mask in masks.numpy()])
+    else:
+        filled, changed = benchmark(lambda: remove_small_regions(bits, WIDTH, 100, "holes", backend=contender))
+        assert changed.all()
+        assert np.array_equal(unpack_masks(filled, WIDTH).numpy(), expected)
