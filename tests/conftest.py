@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from oracle import TINY, build_official, seed_weights
-from skimage import data
+from PIL import Image
 from torch import nn
 
+import sam_fast
 from sam_fast.build_sam import build_sam_from_config
 from sam_fast.modeling import Sam
+
+PHOTOS = Path(sam_fast.__file__).parent / "assets" / "photos"
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +40,7 @@ def tiny(tiny_models: tuple[nn.Module, Sam]) -> Sam:
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     """A portrait, uint8 [512, 512, 3], RGB (public domain, NASA)."""
-    return data.astronaut()
+    return np.asarray(Image.open(PHOTOS / "astronaut.jpg"))
 
 
 @pytest.fixture(scope="session")

@@ -5,24 +5,34 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from oracle import TINY, build_official, official, seed_weights
 from pycocotools import mask as coco
 
-from sam_fast import SamAutomaticMaskGenerator
+from sam_fast import SamAutomaticMaskGenerator, build_sam_from_config
 from sam_fast.utils.amg import MaskData, rle_to_mask
-from oracle import official
 
-GRID = {"points_per_side": 8}
+# Thresholds that keep a good dozen of the seeded weights' masks and drop the others.
+BASE = {"points_per_side": 8, "stability_score_thresh": 0.8}
 SETTINGS = {
-    "default thresholds": {},
+    "default thresholds": {"points_per_side": 16, "stability_score_thresh": 0.95},
     "loose": {"pred_iou_thresh": 0.85, "stability_score_thresh": 0.6, "box_nms_thresh": 0.9},
     "filters off": {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 4},
     "offset": {"stability_score_offset": 3.0, "stability_score_thresh": 0.5},
     "crops": {"crop_n_layers": 1, "points_per_side": 6, "crop_n_points_downscale_factor": 2},
-    "two crop layers": {"crop_n_layers": 2, "points_per_side": 4, "crop_nms_thresh": 0.5, "crop_overlap_ratio": 0.2},
-    "small regions": {"min_mask_region_area": 60, "stability_score_thresh": 0.7},
+    "two crop layers": {"crop_n_layers": 2, "points_per_side": 2, "crop_nms_thresh": 0.5, "crop_overlap_ratio": 0.2},
+    "small regions": {"min_mask_region_area": 60},
     "small regions in crops": {"min_mask_region_area": 40, "crop_n_layers": 1, "points_per_side": 5},
     "batches of 7": {"points_per_batch": 7},
 }
+
+
+@pytest.fixture(scope="module")
+def tiny_models():
+    """Weights of another seed than the other tests', one that gives many masks."""
+    theirs = seed_weights(build_official(TINY), seed=2)
+    ours = build_sam_from_config(TINY)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +42,14 @@ def image(photo) -> np.ndarray:
 
 def generators(tiny_models, **settings):
     theirs, ours = tiny_models
-    settings = {**GRID, **settings}
+    settings = {**BASE, **settings}
     return official.SamAutomaticMaskGenerator(theirs, **settings), SamAutomaticMaskGenerator(ours, **settings)
+
+
+def assert_same_mask(mask, expected):
+    """At most 1e-4 of the pixels differ, or two: on the rim of a small mask a logit of 1e-5 may round to either side."""
+    assert mask.dtype == bool and mask.shape == expected.shape
+    assert np.count_nonzero(mask != expected) <= max(2, 1e-4 * np.count_nonzero(mask | expected))
 
 
 def assert_same_records(ours, theirs):
@@ -42,14 +58,11 @@ def assert_same_records(ours, theirs):
         assert list(mine) == list(other)
         assert mine["bbox"] == other["bbox"] and mine["crop_box"] == other["crop_box"]
         assert mine["point_coords"] == other["point_coords"]
-        assert mine["area"] == pytest.approx(other["area"], rel=1e-4)
+        assert mine["area"] == pytest.approx(other["area"], rel=1e-4, abs=2)
         assert isinstance(mine["area"], int) and all(isinstance(v, int) for v in mine["bbox"])
         assert mine["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-4)
         assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=1e-3, nan_ok=True)
-        mask, expected = mine["segmentation"], other["segmentation"]
-        assert mask.dtype == bool and mask.shape == expected.shape
-        union = np.count_nonzero(mask | expected)
-        assert np.count_nonzero(mask & expected) >= 0.9999 * union
+        assert_same_mask(mine["segmentation"], other["segmentation"])
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -60,8 +73,8 @@ def test_like_official(tiny_models, image, settings):
 
 def test_small_regions_were_there_to_remove(tiny_models, image):
     """The comparison above would prove nothing if no mask had small regions."""
-    with_regions = generators(tiny_models, stability_score_thresh=0.7)[1].generate(image)
-    without = generators(tiny_models, stability_score_thresh=0.7, min_mask_region_area=60)[1].generate(image)
+    with_regions = generators(tiny_models)[1].generate(image)
+    without = generators(tiny_models, min_mask_region_area=60)[1].generate(image)
     assert sum(r["area"] for r in with_regions) != sum(r["area"] for r in without)
 
 
@@ -78,7 +91,7 @@ def test_output_modes_like_official(tiny_models, image, mode):
         expected_mask = rle_to_mask(other["segmentation"])
         if np.array_equal(mask, expected_mask) and mode == "uncompressed_rle":
             assert rle["counts"] == other["segmentation"]["counts"]
-        assert np.count_nonzero(mask != expected_mask) <= 1e-4 * np.count_nonzero(expected_mask)
+        assert_same_mask(mask, expected_mask)
     assert any(
         r["area"] == e["area"] for r, e in zip(records, expected, strict=True)
     ), "no mask was identical, so no RLE was compared"
@@ -86,9 +99,8 @@ def test_output_modes_like_official(tiny_models, image, mode):
 
 def test_point_grids(tiny_models, image):
     grid = np.random.default_rng(0).random((30, 2))
-    theirs, ours = tiny_models
-    expected = official.SamAutomaticMaskGenerator(theirs, points_per_side=None, point_grids=[grid]).generate(image)
-    records = SamAutomaticMaskGenerator(ours, points_per_side=None, point_grids=[grid]).generate(image)
+    theirs, ours = generators(tiny_models, points_per_side=None, point_grids=[grid])
+    records, expected = ours.generate(image), theirs.generate(image)
     assert_same_records(records, expected)
 
 
@@ -165,14 +177,15 @@ def test_out_of_memory_halves_the_batch(tiny_models, image, monkeypatch):
         return decode(embedding, prompts, *args)
 
     monkeypatch.setattr(runtime, "decode", decode_up_to_20)
-    with pytest.warns(UserWarning, match="points_per_batch=64"):
+    with pytest.warns(UserWarning, match="out of memory with points_per_batch") as warned:
         assert_same_records(generator.generate(image), expected)
+    assert len(warned) == 2  # 64 -> 32 -> 16
     assert generator.points_per_batch == 16
 
 
 def test_backends_agree(tiny_models, image):
     theirs = generators(tiny_models, min_mask_region_area=30)[1]
-    ours = SamAutomaticMaskGenerator(tiny_models[1], **GRID, min_mask_region_area=30, backend="torch")
+    ours = SamAutomaticMaskGenerator(tiny_models[1], **BASE, min_mask_region_area=30, backend="torch")
     assert_same_records(ours.generate(image), theirs.generate(image))
 
 
