@@ -1,7 +1,7 @@
 """The official `segment_anything` 1.0 as the oracle of the tests.
 
 Importing this module makes `segment_anything` importable even where torchvision is missing: while the package is being
-imported, a stand-in with the five functions that it uses takes torchvision's place. The stand-in leaves `sys.modules` again
+imported, a stand-in with the five functions that it uses takes torchvision's place. The stand-in leaves `sys.modules`
 right after, so that other libraries (transformers) do not mistake it for the real one.
 """
 
@@ -33,7 +33,8 @@ def box_area(boxes: Tensor) -> Tensor:
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: indices of the boxes kept, int64 [K], by descending score.
 
-    Ties go by index, NaN scores come last; a box is suppressed when its float32 IoU with a kept one exceeds the threshold.
+    Ties go by index, NaN scores come last; a box is suppressed when its float32 IoU with a kept
+    one exceeds the threshold.
     """
     boxes, scores = boxes.float(), scores.float()
     nan = scores.isnan()
@@ -233,8 +234,8 @@ def seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     PyTorch's default initialisation gives masks that are all noise or all empty, and zero positions. Here every tensor
     is drawn by its name (two models with the same keys get the same values), no bias or position is zero, and
     scales are chosen such that on a photo the embedding follows the picture, masks are blobs that depend on
-    the prompt and cover part of the image, logits reach hundreds (stability scores on both sides of 0.95), and the predicted
-    IoU lies around 0.88 (the generator's filters keep some masks and drop others).
+    the prompt and cover part of the image, logits reach hundreds (stability scores on both sides of 0.95), and the
+    predicted IoU lies around 0.88 (the generator's filters keep some masks and drop others).
 
     Returns:
         the model.
