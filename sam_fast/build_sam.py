@@ -19,8 +19,8 @@ class SamConfig:
     """Everything that fixes the architecture of a `Sam` (defaults: what ViT-B, ViT-L and ViT-H share).
 
     Sizes are in pixels (`image_size`, `patch_size`), tokens (`window_size`) or channels (`embed_dim`,
-    `prompt_embed_dim`, `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole image, the others
-    to windows of `window_size` x `window_size` tokens (all of them to the whole image where it is 0).
+    `prompt_embed_dim`, `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole
+    image, the others to windows of `window_size` x `window_size` tokens (to the whole image where it is 0).
 
     Raises:
         ValueError: the numbers do not fit together.

@@ -243,3 +243,10 @@ def seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
     for name, tensor in model.state_dict().items():
         tensor.copy_(_balanced(name, _seeded_tensor(name, tensor.shape, seed)))
     return model
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, in the Euclidean norm over all elements (0 when both are empty)."""
+    if expected.numel() == 0:
+        return float(actual.shape != expected.shape)
+    return ((actual - expected).norm() / expected.norm()).item()

@@ -79,7 +79,7 @@ class PromptEncoder(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
-        _check_prompts(points, boxes, masks, extra_tokens, self.embed_dim)
+        _check_prompts(points, boxes, masks, extra_tokens, self.embed_dim, self.mask_input_size)
         tokens = []
         if points is not None:
             tokens.append(self._embed_points(*points, pad=boxes is None))
@@ -171,7 +171,9 @@ def _check_prompts(
     masks: Tensor | None,
     extra_tokens: Tensor | None,
     embed_dim: int,
+    mask_size: tuple[int, int],
 ) -> None:
+    """Raise ValueError unless all shapes are as `PromptEncoder.forward` says."""
     counts = {}
     if points is not None:
         coords, labels = points
@@ -185,8 +187,8 @@ def _check_prompts(
         if boxes.dim() < 2 or boxes.shape[1:].numel() != 4:
             raise ValueError(f"boxes must be [N, 4], got {tuple(boxes.shape)}")
         counts["boxes"] = len(boxes)
-    if masks is not None and (masks.dim() != 4 or masks.shape[1] != 1):
-        raise ValueError(f"masks must be [N, 1, H, W], got {tuple(masks.shape)}")
+    if masks is not None and (masks.dim() != 4 or masks.shape[1:] != (1, *mask_size)):
+        raise ValueError(f"masks must be [N, 1, {mask_size[0]}, {mask_size[1]}], got {tuple(masks.shape)}")
     if extra_tokens is not None:
         if extra_tokens.dim() != 3 or extra_tokens.shape[2] != embed_dim:
             raise ValueError(f"extra_tokens must be [N, L, {embed_dim}], got {tuple(extra_tokens.shape)}")
