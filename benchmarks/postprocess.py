@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1800)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cases", nargs="+", default=["blurred", "noise", "click"], choices=["blurred", "noise", "click"])
+    parser.add_argument(
+        "--cases", nargs="+", default=["blurred", "noise", "click"], choices=["blurred", "noise", "click"]
+    )
     parser.add_argument("--no-write", action="store_true", help="print only, leave benchmarks/results alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -183,7 +183,12 @@ def commit() -> str:
 
 
 def rows(
-    benchmark: str, case: str, shape: str, dtype: str, timings: Sequence[Timing], peak_bytes: dict[str, int] | None = None
+    benchmark: str,
+    case: str,
+    shape: str,
+    dtype: str,
+    timings: Sequence[Timing],
+    peak_bytes: dict[str, int] | None = None,
 ) -> list[Row]:
     """Timings as rows; the speed-ups are against the first."""
     origin = provenance()

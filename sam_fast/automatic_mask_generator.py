@@ -97,7 +97,9 @@ class SamAutomaticMaskGenerator:
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
         assert point_grids is not None
         if len(point_grids) <= crop_n_layers:
-            raise ValueError(f"crop_n_layers={crop_n_layers} needs {crop_n_layers + 1} point_grids, got {len(point_grids)}")
+            raise ValueError(
+                f"crop_n_layers={crop_n_layers} needs {crop_n_layers + 1} point_grids, got {len(point_grids)}"
+            )
 
         self.point_grids = point_grids
         self.predictor = SamPredictor(model, precision=precision, backend=backend)

@@ -18,9 +18,9 @@ from sam_fast.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, 
 class SamConfig:
     """Everything that fixes the architecture of a `Sam` (defaults: what ViT-B, ViT-L and ViT-H share).
 
-    Sizes are in pixels (`image_size`, `patch_size`), tokens (`window_size`) or channels (`embed_dim`, `prompt_embed_dim`,
-    `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole image, the others
-    to windows of `window_size` x `window_size` tokens (all of them to the whole image where it is 0).
+    Sizes are in pixels (`image_size`, `patch_size`), tokens (`window_size`) or channels (`embed_dim`,
+    `prompt_embed_dim`, `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole
+    image, the others to windows of `window_size` x `window_size` tokens (to the whole image where it is 0).
 
     Raises:
         ValueError: the numbers do not fit together.
@@ -43,13 +43,13 @@ class SamConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))
         if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}")
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
+            )
         if self.num_heads <= 0 or self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim must be a multiple of num_heads, got {self.embed_dim} and {self.num_heads}")
         if any(not 0 <= index < self.depth for index in self.global_attn_indexes):
-            raise ValueError(
-                f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}"
-            )
+            raise ValueError(f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}")
 
 
 VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
@@ -69,9 +69,10 @@ def build_sam_from_config(config: SamConfig, checkpoint: str | os.PathLike[str] 
         ValueError: the file is not a checkpoint of this architecture.
     """
     if checkpoint is None:
-        return _assemble(config).eval()
+        return Sam(*_build_stages(config)).eval()
     with torch.device("meta"):  # the file brings every weight: do not draw random ones first
-        sam = _assemble(config)
+        stages = _build_stages(config)
+    sam = Sam(*stages)
     load_checkpoint(sam, checkpoint)
     return sam.eval()
 
@@ -101,7 +102,7 @@ sam_model_registry: dict[str, Callable[..., Sam]] = {
 }
 
 
-def _assemble(config: SamConfig) -> Sam:
+def _build_stages(config: SamConfig) -> tuple[ImageEncoderViT, PromptEncoder, MaskDecoder]:
     grid = config.image_size // config.patch_size
     image_encoder = ImageEncoderViT(
         img_size=config.image_size,
@@ -129,4 +130,4 @@ def _assemble(config: SamConfig) -> Sam:
         mlp_dim=config.decoder_mlp_dim,
     )
     mask_decoder = MaskDecoder(transformer_dim=config.prompt_embed_dim, transformer=transformer)
-    return Sam(image_encoder, prompt_encoder, mask_decoder)
+    return image_encoder, prompt_encoder, mask_decoder

@@ -280,7 +280,9 @@ class SamPredictor:
             results = self._predict(current, prompts, multimask_output, return_logits)
             for row, index in enumerate(indices):
                 rows[index] = tuple(result[row] for result in results)
-        stacked = [torch.stack(column).cpu().numpy() for column in zip(*(r for r in rows if r is not None), strict=True)]
+        stacked = [
+            torch.stack(column).cpu().numpy() for column in zip(*(r for r in rows if r is not None), strict=True)
+        ]
         return stacked[0], stacked[1], stacked[2]
 
     def _remember(self, embedding: ImageEmbedding) -> ImageEmbedding:

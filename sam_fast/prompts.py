@@ -84,7 +84,9 @@ def _check(batched: Mapping[str, np.ndarray], embedding: ImageEmbedding) -> None
             raise ValueError(f"{_SHAPES[name][1]} of finite coordinates, got NaN or infinity")
     counts = {name: len(array) for name, array in batched.items()}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"all prompts must have the same N, got {counts}; give points as [N, K, 2] beside boxes [N, 4]")
+        raise ValueError(
+            f"all prompts must have the same N, got {counts}; give points as [N, K, 2] beside boxes [N, 4]"
+        )
 
 
 def single_prompt_shape(arrays: Mapping[str, Any], count: int) -> bool:

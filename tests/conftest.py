@@ -45,6 +45,6 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def tiny_image(photo: np.ndarray) -> torch.Tensor:
-    """The photo at the size of the tiny model, float32 [3, 192, 256] in 0..255: padded at the bottom by `preprocess`."""
+    """The photo for the tiny model, float32 [3, 192, 256] in 0..255; `preprocess` pads it at the bottom."""
     pixels = torch.from_numpy(photo[:384:2, ::2].copy())
     return pixels.permute(2, 0, 1).float()

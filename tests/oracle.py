@@ -1,7 +1,7 @@
 """The official `segment_anything` 1.0 as the oracle of the tests.
 
 Importing this module makes `segment_anything` importable even where torchvision is missing: while the package is being
-imported, a stand-in with the five functions that it uses takes torchvision's place. The stand-in leaves `sys.modules` again
+imported, a stand-in with the five functions that it uses takes torchvision's place. The stand-in leaves `sys.modules`
 right after, so that other libraries (transformers) do not mistake it for the real one.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sam_fast.build_sam import SamConfig
 from sam_fast.modeling.seeded import seed_weights
 
-__all__ = ["TINY", "VIT_B", "build_official", "official", "seed_weights"]
+__all__ = ["TINY", "VIT_B", "build_official", "official", "relative_error", "seed_weights"]
 
 # 16 x 16 tokens in windows of 6: the last window of each row and column holds 4 real tokens and 2 rows of padding.
 # Heads are 64 wide and the decoder has its real size, as in the published models.
@@ -35,7 +35,8 @@ def box_area(boxes: Tensor) -> Tensor:
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: indices of the boxes kept, int64 [K], by descending score.
 
-    Ties go by index, NaN scores come last; a box is suppressed when its float32 IoU with a kept one exceeds the threshold.
+    Ties go by index, NaN scores come last; a box is suppressed when its float32 IoU with a kept
+    one exceeds the threshold.
     """
     boxes, scores = boxes.float(), scores.float()
     nan = scores.isnan()
@@ -141,3 +142,10 @@ def build_official(config: SamConfig) -> nn.Module:
         ),
     )
     return sam.eval()
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|, in the Euclidean norm over all elements (0 when both are empty)."""
+    if expected.numel() == 0:
+        return float(actual.shape != expected.shape)
+    return ((actual - expected).norm() / expected.norm()).item()

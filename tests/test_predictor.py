@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from oracle import official
 
 from sam_fast import ImageEmbedding, SamPredictor
-from oracle import official
 
 SIZES = {"landscape": (180, 300), "portrait": (300, 180), "square": (256, 256), "tiny": (9, 14), "huge": (1400, 2100)}
 # Float32 through two implementations of the same sums: rounding alone (bound 1e-4, see the contract in the README).
@@ -148,7 +148,9 @@ def test_several_boxes_equal_one_by_one(predictors, photo):
 def test_no_image_raises_the_official_message(tiny_models):
     predictor = SamPredictor(tiny_models[1])
     for call in (predictor.predict, predictor.get_image_embedding, lambda: predictor.predict_torch(None, None)):
-        with pytest.raises(RuntimeError, match=r"^An image must be set with \.set_image\(\.\.\.\) before mask prediction\.$"):
+        with pytest.raises(
+            RuntimeError, match=r"^An image must be set with \.set_image\(\.\.\.\) before mask prediction\.$"
+        ):
             call()
 
 

@@ -36,7 +36,9 @@ def predict(
     checkpoint: Checkpoint,
     point: Annotated[
         list[str] | None,
-        typer.Option("--point", metavar="X,Y[,LABEL]", help="Label 1 (default) is foreground, 0 background. Repeatable."),
+        typer.Option(
+            "--point", metavar="X,Y[,LABEL]", help="Label 1 (default) is foreground, 0 background. Repeatable."
+        ),
     ] = None,
     box: Annotated[
         list[str] | None,
@@ -45,9 +47,7 @@ def predict(
     mask_input: Annotated[
         Path | None, typer.Option("--mask-input", help=".npy of logits [1,256,256] from an earlier --save-logits.")
     ] = None,
-    multimask: Annotated[
-        bool, typer.Option("--multimask/--single", help="Three masks per object, or one.")
-    ] = True,
+    multimask: Annotated[bool, typer.Option("--multimask/--single", help="Three masks per object, or one.")] = True,
     save_logits: Annotated[
         bool, typer.Option("--save-logits", help="Also write each mask's low-resolution logits as .npy.")
     ] = False,

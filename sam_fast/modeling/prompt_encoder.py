@@ -79,7 +79,7 @@ class PromptEncoder(nn.Module):
         Raises:
             ValueError: a shape is not as above.
         """
-        _check_prompts(points, boxes, masks, extra_tokens, self.embed_dim)
+        _check_prompts(points, boxes, masks, extra_tokens, self.embed_dim, self.mask_input_size)
         tokens = []
         if points is not None:
             tokens.append(self._embed_points(*points, pad=boxes is None))
@@ -101,7 +101,7 @@ class PromptEncoder(nn.Module):
         not_a_point = self.not_a_point_embed.weight
         tokens = torch.where(labels == -1, not_a_point, encoding)
         for label in (0, 1):
-            tokens = torch.where(labels == label, tokens + self.point_embeddings[label].weight, tokens)
+            tokens = torch.where(labels == label, tokens + self._point_embedding(label), tokens)
         if pad:
             tokens = torch.cat([tokens, not_a_point.expand(len(tokens), 1, -1)], dim=1)
         return tokens
@@ -110,7 +110,11 @@ class PromptEncoder(nn.Module):
         """Tokens [N, 2, C] of the corners of boxes [N, 4]."""
         corners = boxes.reshape(-1, 2, 2) + 0.5
         encoding = self.pe_layer.forward_with_coords(corners, self.input_image_size)
-        return encoding + torch.stack([self.point_embeddings[2].weight, self.point_embeddings[3].weight], dim=1)
+        return encoding + torch.stack([self._point_embedding(2), self._point_embedding(3)], dim=1)
+
+    def _point_embedding(self, index: int) -> Tensor:
+        """[1, C]."""
+        return self.point_embeddings[index].get_parameter("weight")
 
     def _embed_masks(self, masks: Tensor) -> Tensor:
         """Dense embedding [N, C, h, w] of mask logits [N, 1, 4h, 4w]."""
@@ -124,6 +128,8 @@ class PositionEmbeddingRandom(nn.Module):
         num_pos_feats: half the number of channels.
         scale: standard deviation of G; 1 where it is missing or not positive.
     """
+
+    positional_encoding_gaussian_matrix: Tensor  # [2, num_pos_feats]
 
     def __init__(self, num_pos_feats: int = 64, scale: float | None = None) -> None:
         super().__init__()
@@ -165,7 +171,9 @@ def _check_prompts(
     masks: Tensor | None,
     extra_tokens: Tensor | None,
     embed_dim: int,
+    mask_size: tuple[int, int],
 ) -> None:
+    """Raise ValueError unless all shapes are as `PromptEncoder.forward` says."""
     counts = {}
     if points is not None:
         coords, labels = points
@@ -179,8 +187,8 @@ def _check_prompts(
         if boxes.dim() < 2 or boxes.shape[1:].numel() != 4:
             raise ValueError(f"boxes must be [N, 4], got {tuple(boxes.shape)}")
         counts["boxes"] = len(boxes)
-    if masks is not None and (masks.dim() != 4 or masks.shape[1] != 1):
-        raise ValueError(f"masks must be [N, 1, H, W], got {tuple(masks.shape)}")
+    if masks is not None and (masks.dim() != 4 or masks.shape[1:] != (1, *mask_size)):
+        raise ValueError(f"masks must be [N, 1, {mask_size[0]}, {mask_size[1]}], got {tuple(masks.shape)}")
     if extra_tokens is not None:
         if extra_tokens.dim() != 3 or extra_tokens.shape[2] != embed_dim:
             raise ValueError(f"extra_tokens must be [N, L, {embed_dim}], got {tuple(extra_tokens.shape)}")

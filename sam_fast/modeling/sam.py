@@ -45,9 +45,8 @@ class Sam(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
-        # On the CPU even where the rest is built on the meta device: no checkpoint would bring these back.
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
-            statistics = torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1)
+            statistics = torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
             self.register_buffer(name, statistics, persistent=False)
 
     @property
@@ -99,9 +98,7 @@ class Sam(nn.Module):
         full_size = self.postprocess_masks(logits, record["image"].shape[-2:], record["original_size"])
         return {"masks": full_size > self.mask_threshold, "iou_predictions": iou, "low_res_logits": logits}
 
-    def postprocess_masks(
-        self, masks: Tensor, input_size: tuple[int, ...], original_size: tuple[int, ...]
-    ) -> Tensor:
+    def postprocess_masks(self, masks: Tensor, input_size: tuple[int, ...], original_size: tuple[int, ...]) -> Tensor:
         """Upscale logits to the original image and drop what belongs to its padding.
 
         Args:
@@ -118,7 +115,7 @@ class Sam(nn.Module):
         return F.interpolate(masks, tuple(original_size), mode="bilinear", align_corners=False)
 
     def preprocess(self, x: Tensor) -> Tensor:
-        """Normalise pixels [..., 3, H, W] (0..255), then pad with zeros at the bottom and right to the model's square."""
+        """Normalise pixels [..., 3, H, W] (0..255), then pad with zeros, bottom and right, to the model's square."""
         x = (x - self.pixel_mean) / self.pixel_std
         side = self.image_encoder.img_size
         return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))

@@ -146,8 +146,9 @@ class Attention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from q [N, Tq, C] to k, v [N, Tk, C]; a batch of 1 serves all N of the other side."""
         q, k, v = self._heads(self.q_proj(q)), self._heads(self.k_proj(k)), self._heads(self.v_proj(v))
-        N = max(len(q), len(k))
-        read = F.scaled_dot_product_attention(q.expand(N, *q.shape[1:]), k.expand(N, *k.shape[1:]), v.expand(N, *v.shape[1:]))
+        N = len(k) if len(q) == 1 else len(q)
+        q, k, v = (x.expand(N, -1, -1, -1) for x in (q, k, v))
+        read = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(read.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -51,5 +51,7 @@ def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> st
     else:
         raise ValueError(f"backend must be auto, native or torch, got {requested!r}")
     if backend != "torch" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        raise RuntimeError(f"{operation}: the {backend} backend is inference-only; detach the input or use torch.no_grad()")
+        raise RuntimeError(
+            f"{operation}: the {backend} backend is inference-only; detach the input or use torch.no_grad()"
+        )
     return backend

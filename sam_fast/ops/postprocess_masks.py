@@ -245,9 +245,7 @@ def _outputs(logits: Tensor, height: int, width: int, return_bits: bool) -> tupl
     )
 
 
-def _resize(
-    logits: Tensor, h_in: int, w_in: int, height: int, width: int, image_size: int, backend: str
-) -> Tensor:
+def _resize(logits: Tensor, h_in: int, w_in: int, height: int, width: int, image_size: int, backend: str) -> Tensor:
     if choose_backend("postprocess_masks", backend, logits) == "torch":
         return resize_logits_reference(logits, (h_in, w_in), (height, width), image_size)
     output = logits.new_empty((logits.shape[0], height, width))

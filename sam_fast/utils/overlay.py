@@ -27,7 +27,9 @@ def mask_color(index: int, lightness: float | None = None) -> tuple[int, int, in
     hue = np.deg2rad(20 + index * _GOLDEN_ANGLE)
     chroma = 0.16 if lightness is None else 0.06
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    lms = np.array([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]])
+    lms = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
+    )
     to_rgb = np.array(
         [
             [4.0767416621, -3.3077115913, 0.2309699292],
