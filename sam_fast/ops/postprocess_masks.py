@@ -8,6 +8,7 @@ size, threshold, stability score, box. `postprocess_masks` computes all of it in
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -177,6 +178,8 @@ def _validate(
         raise ValueError(f"{name}: logits must be [N, h, w] with h, w > 0, got {tuple(logits.shape)}")
     if len(input_size) != 2 or len(original_size) != 2:
         raise ValueError(f"{name}: sizes must be (height, width), got {tuple(input_size)} and {tuple(original_size)}")
+    if not all(isinstance(side, (Integral, torch.SymInt)) for side in (*input_size, *original_size, image_size)):
+        raise TypeError(f"{name}: sizes must be integers, got {input_size}, {original_size} and {image_size}")
     (h_in, w_in), (height, width) = input_size, original_size
     if not (0 < h_in <= image_size and 0 < w_in <= image_size):
         raise ValueError(
