@@ -48,7 +48,14 @@ void for_each_run_start(const uint8_t* bits, const Placement& place, Visit visit
   for (int64_t y = 1; y < height; ++y) {
     const uint8_t* row = bits + y * stride;
     const uint8_t* above = row - stride;
-    for (int64_t k = 0; k < last; ++k) emit(y, k, load_word(row, k) ^ load_word(above, k));
+    int64_t k = 0;
+    for (; k + 4 <= last; k += 4) {  // most words are zero: one branch for four
+      uint64_t words[4];
+      for (int i = 0; i < 4; ++i) words[i] = load_word(row, k + i) ^ load_word(above, k + i);
+      if ((words[0] | words[1] | words[2] | words[3]) == 0) continue;
+      for (int i = 0; i < 4; ++i) emit(y, k + i, words[i]);
+    }
+    for (; k < last; ++k) emit(y, k, load_word(row, k) ^ load_word(above, k));
     emit(y, last, (load_word(row, last) ^ load_word(above, last)) & pixels);
   }
   if (full_height) return;
@@ -57,11 +64,21 @@ void for_each_run_start(const uint8_t* bits, const Placement& place, Visit visit
   emit(height, last, load_word(bottom, last) & (at_corner ? pixels >> 1 : pixels));
 }
 
-// `columns` [width + 1] is scratch memory.
-void encode_one(int64_t* counts, int64_t size, const uint8_t* bits, const Placement& place, int64_t* columns) {
+struct RunStart {
+  int64_t x, y;  // of the mask
+};
+
+// Scratch memory: `columns` [width + 1] and `starts` [size - 1].
+void encode_one(int64_t* counts, int64_t size, const uint8_t* bits, const Placement& place, int64_t* columns,
+                RunStart* starts) {
   std::fill(columns, columns + place.width + 1, int64_t{0});
-  for_each_run_start(bits, place, [&](int64_t, int64_t k, uint64_t word) {
-    for (; word != 0; word &= word - 1) ++columns[64 * k + __builtin_ctzll(word)];
+  int64_t found = 0;
+  for_each_run_start(bits, place, [&](int64_t y, int64_t k, uint64_t word) {
+    for (; word != 0; word &= word - 1) {
+      const int64_t x = 64 * k + __builtin_ctzll(word);
+      starts[found++] = {x, y};
+      ++columns[x];
+    }
   });
   int64_t total = 0;
   for (int64_t x = 0; x <= place.width; ++x) {
@@ -69,12 +86,10 @@ void encode_one(int64_t* counts, int64_t size, const uint8_t* bits, const Placem
     columns[x] = total;
     total += here;
   }
-  for_each_run_start(bits, place, [&](int64_t y, int64_t k, uint64_t word) {
-    for (; word != 0; word &= word - 1) {
-      const int64_t x = 64 * k + __builtin_ctzll(word);
-      counts[columns[x]++] = (place.x0 + x) * place.canvas_height + place.y0 + y;
-    }
-  });
+  for (int64_t i = 0; i < found; ++i) {
+    const RunStart& start = starts[i];
+    counts[columns[start.x]++] = (place.x0 + start.x) * place.canvas_height + place.y0 + start.y;
+  }
   counts[size - 1] = place.canvas_height * place.canvas_width;
   for (int64_t i = size - 1; i > 0; --i) counts[i] -= counts[i - 1];
 }
@@ -137,11 +152,15 @@ void rle_encode(int64_t* counts, const int64_t* offsets, const uint8_t* bits, in
   const int64_t stride = place.height * row_bytes(place.width);
   const bool threaded = worth_threads(n, place.height * place.width);
   const int threads = threaded ? static_cast<int>(std::min<int64_t>(num_threads, n)) : 1;
-  std::vector<int64_t> scratch(static_cast<size_t>(threads * (place.width + 1)));
+  int64_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, offsets[i + 1] - offsets[i]);
+  std::vector<int64_t> columns(static_cast<size_t>(threads * (place.width + 1)));
+  std::vector<RunStart> starts(static_cast<size_t>(threads * most));
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t i = 0; i < n; ++i) {
-    int64_t* columns = scratch.data() + omp_get_thread_num() * (place.width + 1);
-    encode_one(counts + offsets[i], offsets[i + 1] - offsets[i], bits + i * stride, place, columns);
+    const int64_t thread = omp_get_thread_num();
+    encode_one(counts + offsets[i], offsets[i + 1] - offsets[i], bits + i * stride, place,
+               columns.data() + thread * (place.width + 1), starts.data() + thread * most);
   }
 }
 

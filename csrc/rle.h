@@ -16,6 +16,7 @@ struct Placement {
 void rle_offsets(int64_t* offsets, const uint8_t* bits, int64_t n, const Placement& place, int num_threads);
 
 // counts [offsets[N]]: the run lengths of the masks on their canvas; they add up to its number of pixels.
+// Scratch memory: 16 bytes for each run of the mask that has most of them, times the number of threads.
 void rle_encode(int64_t* counts, const int64_t* offsets, const uint8_t* bits, int64_t n, const Placement& place,
                 int num_threads);
 

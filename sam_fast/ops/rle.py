@@ -8,6 +8,7 @@ int64 [R] of all masks one behind the other and `offsets` int64 [N+1]; mask n ha
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -232,16 +233,15 @@ def _counts_tensor(counts: Any, backend: str) -> torch.Tensor:
     """Counts of any accepted form as int64 [R] on the CPU."""
     if isinstance(counts, str | bytes):
         return decompress_runs(counts, backend=backend)
-    values = np.asarray(counts)
-    if values.ndim != 1:
-        raise ValueError(f"counts must have one dimension, got {list(values.shape)}")
-    if values.size == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if values.dtype.kind == "O" or (values.dtype == np.uint64 and values.max() >= 2**63):
-        raise ValueError("counts must be integers below 2**63")
-    if values.dtype.kind not in "iu":
-        raise TypeError(f"counts must be integers or COCO's string, got {values.dtype}")
-    return torch.from_numpy(values.astype(np.int64))
+    if isinstance(counts, bytearray):  # array() would take it for machine words
+        raise TypeError("counts must be integers or COCO's string, got bytearray")
+    try:
+        values = np.frombuffer(array("q", counts), dtype=np.int64) if len(counts) else np.empty(0, dtype=np.int64)
+    except TypeError as error:
+        raise TypeError(f"counts must be integers or COCO's string: {error}") from error
+    except OverflowError as error:
+        raise ValueError(f"counts must be below 2**63: {error}") from error
+    return torch.from_numpy(values)
 
 
 def _check_runs(counts: torch.Tensor, offsets: torch.Tensor, height: int, width: int) -> None:

@@ -275,6 +275,9 @@ def test_bad_input(backend):
         decode_rle([{"size": [-1, 2], "counts": [2]}], backend=backend)
     with pytest.raises(TypeError, match="counts must be integers"):
         decode_rle([{"size": [2, 2], "counts": [1.5, 2.5]}], backend=backend)
+    with pytest.raises(TypeError, match="counts must be integers"):
+        compress_counts([[1], [2]], backend=backend)
+    assert compress_counts(np.array([1, 3], dtype=np.int32), backend=backend) == compress_counts([1, 3])
     with pytest.raises(TypeError, match="str or bytes, got int"):
         decompress_counts(3, backend=backend)
     with pytest.raises(ValueError, match="not be negative, got -2"):
