@@ -1,4 +1,4 @@
-"""`sam-fast amg`: masks of everything in images, with the flags and output files of segment_anything's scripts/amg.py."""
+"""`sam-fast amg`: masks of everything in images, with the flags and files of segment_anything's scripts/amg.py."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def amg(
         float | None, typer.Option(help="Overlap of the crops, part of the shorter side.", rich_help_panel=_SETTINGS)
     ] = None,
     crop_n_points_downscale_factor: Annotated[
-        int | None, typer.Option(help="Divides the grid's side in each layer of crops.", min=1, rich_help_panel=_SETTINGS)
+        int | None,
+        typer.Option(help="Divides the grid's side in each layer of crops.", min=1, rich_help_panel=_SETTINGS),
     ] = None,
     min_mask_region_area: Annotated[
         int | None, typer.Option(help="Remove holes and islands of fewer pixels.", min=0, rich_help_panel=_SETTINGS)

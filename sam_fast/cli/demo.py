@@ -19,7 +19,9 @@ _POINTS_PER_SIDE = 16
 
 def demo(
     output: Annotated[Path, typer.Option("--output", help="Folder for the picture; made if it is missing.")],
-    model_type: Annotated[str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")] = "vit_b",
+    model_type: Annotated[
+        str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")
+    ] = "vit_b",
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", help="Weights of that model; without them, random ones.")
     ] = None,
@@ -60,6 +62,7 @@ def demo(
     console.print(f"picture: {path}")
     if checkpoint is None:
         console.print(
-            f"[yellow]These weights are random (seed {_SEED}): the masks mean nothing, they show that the pipeline works.[/]\n"
+            f"[yellow]These weights are random (seed {_SEED}): "
+            "the masks mean nothing, they show that the pipeline works.[/]\n"
             f"For real masks: sam-fast download {model_type} and then --checkpoint with the file."
         )

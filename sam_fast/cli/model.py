@@ -33,7 +33,9 @@ ModelType = Annotated[str, typer.Option("--model-type", help="default (= vit_h),
 Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Weights of that model: .pth or .safetensors.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="Where to run, such as cpu or cuda:1.", show_default="cuda if there is one, else cpu"),
+    typer.Option(
+        "--device", help="Where to run, such as cpu or cuda:1.", show_default="cuda if there is one, else cpu"
+    ),
 ]
 PrecisionOption = Annotated[
     Precision, typer.Option("--precision", help="Number format; auto is bf16 on GPUs that have it, else fp32.")

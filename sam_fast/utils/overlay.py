@@ -27,7 +27,9 @@ def mask_color(index: int, lightness: float | None = None) -> tuple[int, int, in
     hue = np.deg2rad(20 + index * _GOLDEN_ANGLE)
     chroma = 0.16 if lightness is None else 0.06
     a, b = chroma * np.cos(hue), chroma * np.sin(hue)
-    lms = np.array([[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]])
+    lms = np.array(
+        [[1, 0.3963377774, 0.2158037573], [1, -0.1055613458, -0.0638541728], [1, -0.0894841775, -1.2914855480]]
+    )
     to_rgb = np.array(
         [
             [4.0767416621, -3.3077115913, 0.2309699292],
@@ -165,7 +167,7 @@ def _decoded(segmentation: Any) -> np.ndarray:
 
 
 def _eroded(mask: np.ndarray, window: tuple[slice, slice], radius: int) -> np.ndarray:
-    """The pixels of `mask[window]` whose (2 radius + 1)-square holds nothing but mask; beyond the image counts as mask."""
+    """The pixels of `mask[window]` with only mask in the square of this radius; beyond the image counts as mask."""
     margins = [
         (max(0, side.start - radius), min(length, side.stop + radius))
         for side, length in zip(window, mask.shape, strict=True)
