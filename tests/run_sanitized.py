@@ -48,8 +48,8 @@ def build() -> None:
 def sanitizer_environment() -> dict[str, str]:
     """The environment in which an unsanitized python can load the module.
 
-    The sanitizer's library has to come first in the process; libstdc++ comes with it, as it looks for the functions that it
-    intercepts when it starts. Leaks are not looked for: the interpreter keeps much memory until it ends.
+    The sanitizer's library has to come first in the process; libstdc++ comes with it, as its functions are
+    looked up when it starts. Leaks are not looked for: the interpreter keeps much memory until it ends.
     """
     compiler = os.environ.get("CXX", "g++")
     names = ("libasan.so", "libstdc++.so")
@@ -75,7 +75,10 @@ def run_inside(stage: str, arguments: list[str]) -> int:
     loaded = native.module().__file__
     if not str(loaded).startswith(stage):
         raise SystemExit(f"expected the sanitized module below {stage}, got {loaded}")
-    return int(pytest.main(["-q", "-p", "no:cacheprovider", *(arguments or [str(_ROOT / "tests" / "ops")])]))
+    # A sanitizer writes its report to the file descriptor and ends the process: pytest must not hold that back.
+    return int(
+        pytest.main(["-q", "--capture=sys", "-p", "no:cacheprovider", *(arguments or [str(_ROOT / "tests" / "ops")])])
+    )
 
 
 def main() -> int:

@@ -31,6 +31,7 @@ app = typer.Typer(
     cls=_Commands,
     help="The Segment Anything Model made fast.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -1,4 +1,4 @@
-"""`sam-fast amg`: masks of everything in images, with the flags and output files of segment_anything's scripts/amg.py."""
+"""`sam-fast amg`: masks of everything in images, with the flags and files of segment_anything's scripts/amg.py."""
 
 from __future__ import annotations
 

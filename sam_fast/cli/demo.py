@@ -62,6 +62,7 @@ def demo(
     console.print(f"picture: {path}")
     if checkpoint is None:
         console.print(
-            f"[yellow]These weights are random (seed {_SEED}): the masks mean nothing, they show that the pipeline works.[/]\n"
+            f"[yellow]These weights are random (seed {_SEED}): "
+            "the masks mean nothing, they show that the pipeline works.[/]\n"
             f"For real masks: sam-fast download {model_type} and then --checkpoint with the file."
         )

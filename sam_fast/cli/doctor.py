@@ -164,7 +164,9 @@ def _print(report: dict[str, Any]) -> None:
         facts.add_row(f"precision auto on {device}", precision)
     console.print(facts)
 
-    table = Table("operation", "device", "runs", "also available", "not available because", title="Operations")
+    table = Table(title="Operations", title_justify="left")
+    for heading, wraps in (("operation", False), ("on", False), ("runs", False), ("or", False), ("not", True)):
+        table.add_column(heading, no_wrap=not wraps)
     for operation, row in report["operations"].items():
         for device, entry in row.items():
             reasons = "; ".join(f"{name}: {reason}" for name, reason in entry["not"].items())

@@ -96,7 +96,7 @@ def predict(
     out().print(f"written to {output}")
 
 
-def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) -> dict[str, np.ndarray | None]:
+def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) -> dict[str, Any]:
     """Turn the prompts of the command line into arguments of `SamPredictor.predict`.
 
     Raises:
@@ -181,7 +181,7 @@ def _add_metadata(path: Path, extra: dict[str, str]) -> None:
 
     with safe_open(str(path), framework="np") as file:
         metadata = {**(file.metadata() or {}), **extra}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     save_file(tensors, str(path), metadata=metadata)
 
 
@@ -222,7 +222,7 @@ def _write(
     return records
 
 
-def _draw(image: np.ndarray, masks: np.ndarray, prompts: dict[str, np.ndarray | None]) -> Any:
+def _draw(image: np.ndarray, masks: np.ndarray, prompts: dict[str, Any]) -> Any:
     from sam_fast.utils.overlay import draw_masks, draw_prompts
 
     boxes = prompts["box"]

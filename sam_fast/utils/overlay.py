@@ -167,7 +167,7 @@ def _decoded(segmentation: Any) -> np.ndarray:
 
 
 def _eroded(mask: np.ndarray, window: tuple[slice, slice], radius: int) -> np.ndarray:
-    """The pixels of `mask[window]` whose (2 radius + 1)-square holds nothing but mask; beyond the image counts as mask."""
+    """The pixels of `mask[window]` with only mask in the square of this radius; beyond the image counts as mask."""
     margins = [
         (max(0, side.start - radius), min(length, side.stop + radius))
         for side, length in zip(window, mask.shape, strict=True)

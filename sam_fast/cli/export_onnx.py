@@ -1,0 +1,54 @@
+"""`sam-fast export-onnx`: prompt encoder and mask decoder as ONNX, with the flags of segment_anything's script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam_fast.cli.console import out
+from sam_fast.cli.model import Checkpoint, ModelType, load_model
+
+
+def export_onnx(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option("--output", help="The ONNX file to write.")],
+    model_type: ModelType,
+    return_single_mask: Annotated[
+        bool, typer.Option("--return-single-mask", help="The model returns the best mask only.")
+    ] = False,
+    opset: Annotated[int, typer.Option("--opset", help="ONNX operator set.", min=11)] = 17,
+    quantize_out: Annotated[
+        Path | None, typer.Option("--quantize-out", help="Also write a model with 8-bit weights to this file.")
+    ] = None,
+    gelu_approximate: Annotated[
+        bool, typer.Option("--gelu-approximate", help="GELU by tanh, for runtimes without a quick erf.")
+    ] = False,
+    use_stability_score: Annotated[
+        bool, typer.Option("--use-stability-score", help="Scores are stability scores, not predicted IoUs.")
+    ] = False,
+    return_extra_metrics: Annotated[
+        bool, typer.Option("--return-extra-metrics", help="Also return stability scores and areas at full size.")
+    ] = False,
+) -> None:
+    """Export the part of the model behind the image encoder to ONNX; needs the extra packages of sam_fast\\[onnx]."""
+    try:
+        from sam_fast.utils.onnx import export_onnx_model, quantize_onnx_model
+    except ImportError as error:
+        raise RuntimeError(f"export needs more packages ({error}): pip install 'sam_fast[onnx]'") from error
+
+    model = load_model(model_type, checkpoint, "cpu")
+    export_onnx_model(
+        model,
+        output,
+        return_single_mask=return_single_mask,
+        opset=opset,
+        gelu_approximate=gelu_approximate,
+        use_stability_score=use_stability_score,
+        return_extra_metrics=return_extra_metrics,
+    )
+    out().print(str(output))
+    if quantize_out is not None:
+        quantize_onnx_model(output, quantize_out)
+        out().print(str(quantize_out))

@@ -1,0 +1,198 @@
+"""`sam-fast amg`: flags and files of the official script, and what it does beyond them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import official
+from PIL import Image
+from pycocotools import mask as coco
+from torch import nn
+
+import sam_fast
+from sam_fast import SamAutomaticMaskGenerator
+from sam_fast.modeling import Sam
+
+HEADER = "id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,predicted_iou,stability_score,"
+HEADER += "crop_box_x0,crop_box_y0,crop_box_w,crop_box_h"
+SETTINGS: dict[str, Any] = {"points_per_side": 6, "pred_iou_thresh": 0.85, "stability_score_thresh": 0.5}
+SETTINGS_FLAGS = ("--points-per-side", 6, "--pred-iou-thresh", 0.85, "--stability-score-thresh", 0.5)
+
+
+@pytest.fixture
+def model_flags(tiny_checkpoint: Path) -> tuple[Any, ...]:
+    return ("--model-type", "tiny", "--checkpoint", tiny_checkpoint, "--device", "cpu")
+
+
+def test_folder_of_masks_and_metadata(cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, tiny: Sam) -> None:
+    text = cli("amg", "--input", pictures, "--output", tmp_path, *model_flags, *SETTINGS_FLAGS)
+    assert {path.name for path in tmp_path.iterdir()} == {"wide", "tall"}
+    total = 0
+    for name in ("wide", "tall"):
+        records = SamAutomaticMaskGenerator(tiny, **SETTINGS).generate(pictures / f"{name}.png")
+        assert records
+        total += len(records)
+        names = {path.name for path in (tmp_path / name).iterdir()}
+        assert names == {"metadata.csv", *(f"{i}.png" for i in range(len(records)))}
+        lines = [HEADER]
+        for i, record in enumerate(records):
+            picture = Image.open(tmp_path / name / f"{i}.png")
+            assert picture.mode == "L"
+            np.testing.assert_array_equal(np.asarray(picture), record["segmentation"].astype(np.uint8) * 255)
+            x, y, w, h = record["bbox"]
+            (px, py), (cx, cy, cw, ch) = record["point_coords"][0], record["crop_box"]
+            scores = f"{record['predicted_iou']},{record['stability_score']}"
+            lines.append(f"{i},{record['area']},{x},{y},{w},{h},{px},{py},{scores},{cx},{cy},{cw},{ch}")
+        assert (tmp_path / name / "metadata.csv").read_text() == "\n".join(lines)
+    assert f"{total} masks of 2 images" in text
+
+
+def test_metadata_equals_the_official_generators(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, official_tiny: nn.Module
+) -> None:
+    cli("amg", "--input", pictures / "wide.png", "--output", tmp_path, *model_flags, *SETTINGS_FLAGS)
+    image = np.asarray(Image.open(pictures / "wide.png"))
+    with torch.no_grad():
+        expected = official.SamAutomaticMaskGenerator(official_tiny, **SETTINGS).generate(image)
+    table = np.loadtxt(tmp_path / "wide" / "metadata.csv", delimiter=",", skiprows=1, ndmin=2)
+    assert len(table) == len(expected) > 0
+    for row, record in zip(table, expected, strict=True):
+        assert row[1] == pytest.approx(record["area"], rel=1e-3)  # pixels on the threshold
+        assert row[2:8].tolist() == [*record["bbox"], *record["point_coords"][0]]
+        assert row[8:10] == pytest.approx([record["predicted_iou"], record["stability_score"]], abs=1e-3)
+        assert row[10:].tolist() == record["crop_box"]
+
+
+def test_json_of_coco_rles(cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, tiny: Sam) -> None:
+    flags = ("--convert-to-rle", *SETTINGS_FLAGS)
+    cli("amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["tall.json"]
+    written = json.loads((tmp_path / "tall.json").read_text())
+    records = SamAutomaticMaskGenerator(tiny, **SETTINGS).generate(pictures / "tall.png")
+    assert len(written) == len(records) > 0
+    for ours, record in zip(written, records, strict=True):
+        assert ours.keys() == record.keys()
+        mask = coco.decode(ours["segmentation"]).astype(bool)
+        np.testing.assert_array_equal(mask, record["segmentation"])
+        assert ours["area"] == mask.sum()
+        assert {k: v for k, v in ours.items() if k != "segmentation"} == {
+            k: v for k, v in record.items() if k != "segmentation"
+        }
+
+
+@pytest.mark.parametrize("form", [(), ("--convert-to-rle",)], ids=["png", "rle"])
+def test_overlay_has_the_images_size(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, form: tuple[str, ...]
+) -> None:
+    cli(
+        "amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *SETTINGS_FLAGS, "--overlay", *form
+    )
+    drawn = np.asarray(Image.open(tmp_path / "tall_overlay.jpg")).astype(int)
+    image = np.asarray(Image.open(pictures / "tall.png")).astype(int)
+    assert drawn.shape == image.shape
+    assert np.abs(drawn - image).mean() > 5  # something was drawn
+
+
+def test_unreadable_images_are_reported_and_the_others_done(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    shutil.copy(pictures / "tall.png", folder)
+    (folder / "broken.png").write_bytes((pictures / "wide.png").read_bytes()[:200])
+    (folder / "notes.txt").write_text("not an image")
+    (folder / ".hidden.png").write_text("not an image either")
+    text = cli("amg", "--input", folder, "--output", tmp_path / "out", *model_flags, *SETTINGS_FLAGS, expect=1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
+    assert "broken.png" in text
+    assert "1 image in" in text and "1 unreadable" in text and "1 other file ignored" in text
+
+
+def test_existing_results_are_replaced_on_request_only(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple
+) -> None:
+    old = tmp_path / "tall"
+    old.mkdir()
+    (old / "999.png").write_text("of an earlier run")
+    (old / "mine.png").write_text("not of any run")
+    flags = ("amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *SETTINGS_FLAGS)
+    assert "--overwrite" in cli(*flags, expect=1)
+    assert {path.name for path in old.iterdir()} == {"999.png", "mine.png"}
+    cli(*flags, "--overwrite")
+    names = {path.name for path in old.iterdir()}
+    assert {"0.png", "metadata.csv", "mine.png"} <= names
+    assert "999.png" not in names
+
+
+def test_images_of_one_name_are_refused(cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple) -> None:
+    shutil.copy(pictures / "tall.png", tmp_path / "a.png")
+    Image.open(pictures / "tall.png").save(tmp_path / "a.jpg")
+    assert "a.jpg, a.png" in cli("amg", "--input", tmp_path, "--output", tmp_path / "out", *model_flags, expect=1)
+
+
+OFFICIAL_FLAGS = {
+    "points-per-side": 5,
+    "points-per-batch": 7,
+    "pred-iou-thresh": 0.1,
+    "stability-score-thresh": 0.2,
+    "stability-score-offset": 0.3,
+    "box-nms-thresh": 0.4,
+    "crop-n-layers": 1,
+    "crop-nms-thresh": 0.5,
+    "crop-overlap-ratio": 0.6,
+    "crop-n-points-downscale-factor": 2,
+    "min-mask-region-area": 11,
+}
+
+
+@pytest.mark.parametrize("given", [*OFFICIAL_FLAGS, "all", "none"])
+def test_official_flags_reach_the_generator(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Recorder(SamAutomaticMaskGenerator):
+        def __init__(self, model: Sam, **settings: Any) -> None:
+            super().__init__(model, **settings)
+            seen.update(settings)
+
+        def generate(self, image: Any) -> list[dict[str, Any]]:
+            return []
+
+    monkeypatch.setattr(sam_fast, "SamAutomaticMaskGenerator", Recorder)
+    flags = {name: value for name, value in OFFICIAL_FLAGS.items() if given in (name, "all")}
+    line = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    cli("amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *line, "--backend", "torch")
+    expected = {name.replace("-", "_"): value for name, value in flags.items()}
+    assert seen == {**expected, "output_mode": "binary_mask", "precision": "auto", "backend": "torch"}
+    # Without masks: the folder and a table of no rows, as in the official script.
+    assert (tmp_path / "tall" / "metadata.csv").read_text() == HEADER
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model-type", "vit_x"), "one of default, tiny, vit_b, vit_h, vit_l, got 'vit_x'"),
+        (("--checkpoint", "missing.pth"), "no checkpoint at missing.pth"),
+        (("--device", "tpu!"), "--device must be like cpu"),
+        (("--device", "cuda:77"), "cuda:77"),
+        (("--input", "missing"), "no image or folder at missing"),
+    ],
+    ids=["model-type", "checkpoint", "device-name", "device-absent", "input"],
+)
+def test_errors_are_one_line(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, flags: tuple[str, ...], message: str
+) -> None:
+    text = cli("amg", "--input", pictures, "--output", tmp_path, *model_flags, *flags, expect=1)
+    assert message in text
+    assert len(text.splitlines()) == 1
+
+
+def test_folder_without_images(cli: Any, tmp_path: Path, model_flags: tuple) -> None:
+    assert "no images in the folder" in cli("amg", "--input", tmp_path, "--output", tmp_path, *model_flags, expect=1)
