@@ -1,9 +1,9 @@
 """SamAutomaticMaskGenerator: masks for everything in an image.
 
 The way of the data: crops -> per crop `_process_crop` {encode, `_candidates` (decode in batches, filter), NMS, bits
-and RLE of the survivors} -> NMS between crops -> small regions -> records. Filters run in an order that keeps full-size work
-for the masks that are returned; each filter looks at one mask alone and NMS sees the same set, so the records equal those of
-the official order.
+and RLE of the survivors} -> NMS between crops -> small regions -> records. Filters run in an order that keeps
+full-size work for the masks that are returned; each filter looks at one mask alone and NMS sees the same set, so the
+records equal those of the official order.
 """
 
 from __future__ import annotations
@@ -122,8 +122,9 @@ class SamAutomaticMaskGenerator:
             image: uint8 RGB array [H, W, 3], or anything else that `SamPredictor.set_image` takes.
 
         Returns:
-            Records, best first within a crop: `segmentation` (bool [H, W] or an RLE dict), `area` (int, pixels), `bbox` (XYWH,
-            ints), `predicted_iou`, `point_coords` ([[x, y]], the prompt), `stability_score`, `crop_box` (XYWH).
+            Records, best first within a crop: `segmentation` (bool [H, W] or an RLE dict), `area` (int, pixels),
+            `bbox` (XYWH, ints), `predicted_iou`, `point_coords` ([[x, y]], the prompt), `stability_score`,
+            `crop_box` (XYWH).
         """
         return self._records(self._generate_masks(read_image(image)))
 

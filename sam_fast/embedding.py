@@ -131,8 +131,8 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int],
 def model_fingerprint(encoder: nn.Module) -> str:
     """Return a short hash of an image encoder's weights.
 
-    It covers every tensor's name, shape and 16 evenly spaced values in float32: two trainings never share it, and it costs
-    milliseconds. It is remembered until a parameter is replaced or changed in place.
+    It covers every tensor's name, shape and 16 evenly spaced values in float32, so that two trainings do not share it
+    and it costs milliseconds. It is remembered until a parameter is replaced or changed in place.
     """
     state = encoder.state_dict(keep_vars=True)
     key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())

@@ -48,6 +48,7 @@ class SamPredictor:
         self.model = sam_model
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
         self.runtime = InferenceRuntime(sam_model, precision, backend)
+        self._batch: list[ImageEmbedding] = []
         self.reset_image()
 
     @property
@@ -94,7 +95,7 @@ class SamPredictor:
         """Encode several images, which `predict_batch` is then about. Sizes may differ."""
         self.reset_image()
         self._batch = self.encode_images(image_list, image_format)
-        return self._batch
+        return list(self._batch)
 
     def encode_images(self, images: Sequence[ImageLike], image_format: str = "RGB") -> list[ImageEmbedding]:
         """Return the embeddings of images without changing the predictor; safe to call from many threads."""
@@ -131,7 +132,7 @@ class SamPredictor:
     def reset_image(self) -> None:
         """Forget the image."""
         self._embedding: ImageEmbedding | None = None
-        self._batch: list[ImageEmbedding] = []
+        self._batch = []
         self.is_image_set = False
         self.features: torch.Tensor | None = None
         self.original_size: tuple[int, int] | None = None
@@ -193,8 +194,8 @@ class SamPredictor:
 
         Args:
             point_coords_batch, point_labels_batch, box_batch, mask_input_batch: one entry per image, each None or what
-                `predict` takes. An image's points may also be a list of N arrays [K_i, 2] with their labels [K_i] (ragged
-                prompts); the result has a leading N then.
+                `predict` takes. An image's points may also be a list of N arrays [K_i, 2] with their labels [K_i]
+                (ragged prompts); the result has a leading N then.
             embeddings: images other than those that are set.
 
         Returns:

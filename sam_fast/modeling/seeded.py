@@ -1,4 +1,4 @@
-"""Deterministic random weights whose masks are not trivial, for tests, benchmarks and demonstrations without a checkpoint."""
+"""Deterministic random weights with non-trivial masks, for tests, benchmarks and demos without a checkpoint."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _seeded_tensor(name: str, shape: torch.Size, seed: int) -> Tensor:
         return centre + (0.02 if is_iou else 0.1) * noise(name)
     if len(shape) == 4:  # kernels nearly constant over their window smooth the picture: blobs rather than texture
         fan_in = shape[0] if "output_upscaling" in name else shape[1]  # transposed convolutions are [C_in, C_out, 2, 2]
-        window = 1 if "output_upscaling" in name else shape[2:].numel()
+        window = 1 if "output_upscaling" in name else shape[2] * shape[3]
         weight = _noise(torch.Size((*shape[:2], 1, 1)), seed, name + "mean") + _TEXTURE * noise(name)
         return weight / (fan_in**0.5 * window)
     weight = noise(name) / shape[1] ** 0.5

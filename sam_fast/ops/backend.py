@@ -34,7 +34,7 @@ def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> st
 
     Raises:
         ValueError: `requested` is unknown or the tensors lie on different devices.
-        RuntimeError: `requested` was named and cannot run, or a native backend was given a tensor that needs a gradient.
+        RuntimeError: `requested` was named and cannot run, or a native backend got a tensor that needs a gradient.
     """
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
