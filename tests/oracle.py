@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sam_fast.build_sam import SamConfig
 from sam_fast.modeling.seeded import seed_weights
 
-__all__ = ["TINY", "VIT_B", "build_official", "official", "relative_error", "seed_weights"]
+__all__ = ["TINY", "build_official", "official", "relative_error", "seed_weights"]
 
 # 16 x 16 tokens in windows of 6: the last window of each row and column holds 4 real tokens and 2 rows of padding.
 # Heads are 64 wide and the decoder has its real size, as in the published models.

@@ -99,9 +99,9 @@ def seed_weights(model: nn.Module, seed: int = 0) -> nn.Module:
 
     PyTorch's default initialisation gives masks that are all noise or all empty, and zero positions. Here every tensor
     is drawn by its name (two models with the same keys get the same values), no bias or position is zero, and
-    scales are chosen such that on a photo the embedding follows the picture, masks are blobs that depend on
-    the prompt and cover part of the image, logits reach hundreds (stability scores on both sides of 0.95), and the predicted
-    IoU lies around 0.88 (the generator's filters keep some masks and drop others).
+    scales are chosen such that on a photo the embedding follows the picture, masks are blobs that depend on the
+    prompt and cover part of the image, logits reach hundreds (stability scores on both sides of 0.95), and the
+    predicted IoU lies around 0.88 (the generator's filters keep some masks and drop others).
 
     Returns:
         the model.

@@ -141,7 +141,7 @@ class InferenceRuntime:
         stability_offset: float = 1.0,
         return_bits: bool = True,
     ) -> PostprocessedMasks:
-        """Threshold logits [N, 4s, 4s] at the size of the original image: packed bits, areas, boxes, stability scores."""
+        """Threshold logits [N, 4s, 4s] at the original image's size: packed bits, areas, boxes, stability scores."""
         return postprocess_masks(
             low_res,
             embedding.input_size,

@@ -314,7 +314,7 @@ def test_compiles_as_one_graph():
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 def test_rle_box_is_the_box_of_the_mask(density):
     masks = torch.rand(30, 9, 13, generator=torch.Generator().manual_seed(0)) < density
-    for mask, rle in zip(masks, encode_rle(pack_masks(masks), 13), strict=True):
+    for mask, code in zip(masks, encode_rle(pack_masks(masks), 13), strict=True):
         y, x = mask.nonzero(as_tuple=True)
         expected = [int(x.min()), int(y.min()), int(x.max()), int(y.max())] if len(x) else [0, 0, 0, 0]
-        assert rle_box(rle) == expected
+        assert rle_box(code) == expected
