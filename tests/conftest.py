@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from oracle import TINY, build_official, seed_weights
-from skimage import data
 from torch import nn
 
 from sam_fast.build_sam import build_sam_from_config
@@ -35,6 +34,8 @@ def tiny(tiny_models: tuple[nn.Module, Sam]) -> Sam:
 @pytest.fixture(scope="session")
 def photo() -> np.ndarray:
     """A portrait, uint8 [512, 512, 3], RGB (public domain, NASA)."""
+    from skimage import data
+
     return data.astronaut()
 
 
