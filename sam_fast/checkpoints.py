@@ -87,7 +87,7 @@ def read_state_dict(path: _Path) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"{path} holds a {type(state).__name__}, expected a dictionary of tensors")
+        raise ValueError(f"{path} holds a {type(state).__name__}, expected a non-empty dictionary of tensors")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} holds a {type(value).__name__} under {name!r}, expected only tensors")
