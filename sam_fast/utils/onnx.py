@@ -92,6 +92,9 @@ class SamOnnxModel(nn.Module):
     def select_masks(self, masks: Tensor, iou_preds: Tensor, num_points: int) -> tuple[Tensor, Tensor]:
         """Choose one mask per prompt: the one for unambiguous prompts with 3 points or more, else the best other.
 
+        A NaN score (the stability of an empty mask) counts as 0; the published code prefers it to any number, and
+        runtimes do not agree on it.
+
         Args:
             masks: [N,M,H,W], the one for unambiguous prompts first.
             iou_preds: [N,M].
@@ -103,7 +106,7 @@ class SamOnnxModel(nn.Module):
         # a term in place of a branch: it outweighs every score
         reweight = torch.zeros_like(iou_preds[:1])
         reweight[:, 0] = 1000.0
-        best = torch.argmax(iou_preds + (num_points - 2.5) * reweight, dim=1)
+        best = torch.argmax(torch.nan_to_num(iou_preds) + (num_points - 2.5) * reweight, dim=1)
         prompts = torch.arange(masks.shape[0], device=masks.device)
         return masks[prompts, best].unsqueeze(1), iou_preds[prompts, best].unsqueeze(1)
 
