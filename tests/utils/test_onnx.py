@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from sam_fast.build_sam import build_sam_from_config
-from sam_fast.utils.export_onnx import export_onnx
-from sam_fast.utils.onnx import SamOnnxModel
+from sam_fast.utils.onnx import SamOnnxModel, export_onnx_model, quantize_onnx_model
 from tests.oracle import TINY, build_official, official, seed_weights
 
 OfficialOnnxModel = official.utils.onnx.SamOnnxModel
@@ -146,7 +145,7 @@ def io_names(path) -> tuple[list[str], list[str]]:
 @pytest.fixture(scope="module")
 def plain_file(ours, tmp_path_factory):
     path = tmp_path_factory.mktemp("onnx") / "decoder.onnx"
-    assert export_onnx(ours, path) == [path]
+    export_onnx_model(ours, path)
     return path
 
 
@@ -195,17 +194,15 @@ def test_file_holds_no_image_encoder(plain_file):
 def test_all_options_together(ours, theirs, tmp_path):
     state = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     path, small = tmp_path / "single.onnx", tmp_path / "small.onnx"
-    written = export_onnx(
+    export_onnx_model(
         ours,
         path,
         return_single_mask=True,
         opset=17,
-        quantize_out=small,
         gelu_approximate=True,
         use_stability_score=True,
         return_extra_metrics=True,
     )
-    assert written == [path, small]
     assert {entry.version for entry in onnx.load(str(path)).opset_import if entry.domain == ""} == {17}
     assert io_names(path)[1] == ["masks", "iou_predictions", "stability_scores", "areas", "low_res_masks"]
     # The model itself still has its weights and the exact GELU.
@@ -222,6 +219,7 @@ def test_all_options_together(ours, theirs, tmp_path):
         module.approximate = "none"
     assert_same_outputs(run(path, inputs), expected)
 
+    quantize_onnx_model(path, small)
     assert small.stat().st_size < 0.4 * path.stat().st_size
     quantized = run(small, inputs)
     agreement = ((quantized[0] > 0) == (expected[0].numpy() > 0)).mean()
@@ -230,8 +228,13 @@ def test_all_options_together(ours, theirs, tmp_path):
 
 def test_export_says_what_is_missing(ours, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="16"):
-        export_onnx(ours, tmp_path / "old.onnx", opset=16)
+        export_onnx_model(ours, tmp_path / "old.onnx", opset=16)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        export_onnx_model(ours, tmp_path / "nowhere" / "decoder.onnx")
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find_spec(name))
     with pytest.raises(RuntimeError, match=r"onnxscript.*sam_fast\[onnx\]"):
-        export_onnx(ours, tmp_path / "missing.onnx")
+        export_onnx_model(ours, tmp_path / "missing.onnx")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name))
+    with pytest.raises(RuntimeError, match=r"onnxruntime.*sam_fast\[onnx\]"):
+        quantize_onnx_model(tmp_path / "missing.onnx", tmp_path / "small.onnx")
