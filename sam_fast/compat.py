@@ -28,6 +28,12 @@ _PUBLISHED_MODULES = (
     ".utils.transforms",
     ".utils.onnx",
 )
+_RENAMED = {"sam_fast.modeling.common": "sam_fast.modeling.layers"}
+
+
+def _our_name(official_name: str) -> str:
+    name = _OURS + official_name[len(_OFFICIAL) :]
+    return _RENAMED.get(name, name)
 
 
 class _Alias(MetaPathFinder, Loader):
@@ -42,11 +48,10 @@ class _Alias(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if fullname != _OFFICIAL and not fullname.startswith(_OFFICIAL + "."):
             return None
-        ours = _OURS + fullname[len(_OFFICIAL) :]
-        return ModuleSpec(fullname, self) if importlib.util.find_spec(ours) else None
+        return ModuleSpec(fullname, self) if importlib.util.find_spec(_our_name(fullname)) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        module = importlib.import_module(_OURS + spec.name[len(_OFFICIAL) :])
+        module = importlib.import_module(_our_name(spec.name))
         spec.loader_state = module.__spec__
         return module
 
@@ -75,4 +80,9 @@ def install_as_segment_anything() -> None:
     if not any(isinstance(finder, _Alias) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Alias())
     for suffix in _PUBLISHED_MODULES:
-        importlib.import_module(_OFFICIAL + suffix)
+        # Not by the import system, which would put the module build_sam where sam_fast has the function of that name.
+        name = _OFFICIAL + suffix
+        module = sys.modules[name] = importlib.import_module(_our_name(name))
+        parent, _, child = name.rpartition(".")
+        if parent and not hasattr(sys.modules[parent], child):
+            setattr(sys.modules[parent], child, module)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sam_fast.ops import connected_components
 from sam_fast.ops.packed_masks import pack_masks, unpack_masks
 from sam_fast.ops.rle import compress_counts, decode_rle, encode_rle, rle_area
 
@@ -269,8 +270,6 @@ def remove_small_regions(mask: np.ndarray, area_thresh: float, mode: str) -> tup
     Raises:
         ValueError: unknown mode, or not two dimensions.
     """
-    from sam_fast.ops import connected_components
-
     if mode not in ("holes", "islands"):
         raise ValueError(f"mode must be 'holes' or 'islands', got {mode!r}")
     if mask.ndim != 2:
