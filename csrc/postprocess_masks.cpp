@@ -263,20 +263,16 @@ void finish(const MaskTally* tallies, size_t count, int64_t* area, float* stabil
 // One thread's working memory, for any part.
 class ScratchMemory {
  public:
-  ScratchMemory(const Plan& plan, const std::vector<Part>& parts, bool with_bits) {
-    int64_t rows = 0, source_rows = 0, bands = 0;
+  ScratchMemory(const Plan& plan, const std::vector<Part>& parts) {
+    int64_t source_rows = 0, bands = 0;
     for (const Part& part : parts) {
       const Band &first = plan.bands[part.band_begin], &last = plan.bands[part.band_end - 1];
-      rows = std::max<int64_t>(rows, last.row_end - first.row_begin);
       source_rows = std::max<int64_t>(source_rows, last.source_last - first.source_first + 1);
       bands = std::max<int64_t>(bands, part.band_end - part.band_begin);
     }
     const int64_t code_words = (plan.source_width + 63) / 64;
-    const int64_t bits = with_bits ? rows * plan.words : 0;
-    memory_.reset(new uint64_t[bits + plan.words + (4 * source_rows + 5 * bands) * code_words]);
-    view.bits = memory_.get();
-    view.columns = view.bits + bits;
-    view.codes = view.columns + plan.words;
+    memory_.reset(new uint64_t[(4 * source_rows + 5 * bands) * code_words]);
+    view.codes = memory_.get();
     view.band = view.codes + 4 * source_rows * code_words;
     view.code_words = static_cast<int32_t>(code_words);
   }
@@ -314,12 +310,12 @@ void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t*
   std::vector<MaskTally> tallies(n * count);
 #pragma omp parallel num_threads(threads)
   {
-    const ScratchMemory scratch(plan, parts, bits == nullptr);
+    const ScratchMemory scratch(plan, parts);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < n * count; ++task) {
       const int64_t mask = task / count;
       const Part part = parts[task % count];
-      uint64_t* rows = scratch.view.bits;
+      uint64_t* rows = nullptr;
       if (bits != nullptr) {
         rows = reinterpret_cast<uint64_t*>(bits + mask * mask_bytes) +
                static_cast<int64_t>(plan.bands[part.band_begin].row_begin) * plan.words;

@@ -160,17 +160,31 @@ inline bool any(const uint64_t* bits, int32_t first, int32_t end) {
 
 // ---- One part of a mask.
 
+// What a strip adds up. Certain words are counted in pixels, computed ones per lane and by their bits.
 struct Counts {
-  Lanes::Int inner, outer;  // of computed words, per lane
-  int64_t certain_inner, certain_outer;
+  Lanes::Int inner, outer;
+  int64_t area, certain_inner, certain_outer;
+  uint64_t columns;     // of one strip: which columns have a pixel
+  int32_t top, bottom;  // of one strip: first and last row that have one; bottom -1 if none
 };
 
+inline void count_row(Counts& counts, uint64_t word, int32_t y) {
+  counts.area += Lanes::popcount(word);
+  counts.columns |= word;
+  counts.top = word != 0 && counts.bottom < 0 ? y : counts.top;
+  counts.bottom = word != 0 ? y : counts.bottom;
+}
+
+// `bits`: where the word of the band's first row goes, or null.
 inline void tally_rows(StripRows& rows, const Plan& plan, const float* source, const MaskThresholds& thresholds,
-                       const Band& band, int32_t strip, uint64_t* bits, Counts& counts) {
+                       const Band& band, int32_t strip, uint64_t* bits, Counts& total) {
   const Float mask = Lanes::set(thresholds.mask);
   const Float inner = Lanes::set(thresholds.inner), outer = Lanes::set(thresholds.outer);
-  Lanes::Int inner_count = counts.inner, outer_count = counts.outer;
-  for (int32_t y = band.row_begin; y < band.row_end; ++y, bits += plan.words) {
+  uint64_t unwanted;
+  const int64_t stride = bits != nullptr ? plan.words : 0;
+  if (bits == nullptr) bits = &unwanted;
+  Counts counts = total;
+  for (int32_t y = band.row_begin; y < band.row_end; ++y, bits += stride) {
     const Tap tap = plan.output_row[y];
     need_line(rows, plan, source, tap.first, strip * kStripWidth);
     need_line(rows, plan, source, tap.second, strip * kStripWidth);
@@ -183,16 +197,32 @@ inline void tally_rows(StripRows& rows, const Plan& plan, const float* source, c
       const int i = g * Lanes::kCount;
       const Float value = Lanes::blend(Lanes::load(first + i), first_weight, Lanes::load(second + i), second_weight);
       over[g] = Lanes::greater(value, mask);
-      inner_count = Lanes::count(inner_count, Lanes::greater(value, inner));
-      outer_count = Lanes::count(outer_count, Lanes::greater(value, outer));
+      counts.inner = Lanes::count(counts.inner, Lanes::greater(value, inner));
+      counts.outer = Lanes::count(counts.outer, Lanes::greater(value, outer));
     }
     *bits = Lanes::word(over);
+    count_row(counts, *bits, y);
   }
-  counts.inner = inner_count;
-  counts.outer = outer_count;
+  total = counts;
 }
 
-// Writes the words of one strip over bands [begin,end).
+// A band of a strip in which every pixel lies on the same side of each threshold.
+inline void tally_certain(const Plan& plan, const Band& band, bool over_mask, bool over_inner, bool over_outer,
+                          int32_t valid, uint64_t* bits, Counts& counts) {
+  const int64_t pixels = static_cast<int64_t>(band.row_end - band.row_begin) * valid;
+  if (over_inner) counts.certain_inner += pixels;
+  if (over_outer) counts.certain_outer += pixels;
+  if (!over_mask) return;  // the bits are zero already
+  const uint64_t fill = ~uint64_t{0} >> (kStripWidth - valid);
+  counts.area += pixels;
+  counts.columns |= fill;
+  if (counts.bottom < 0) counts.top = band.row_begin;
+  counts.bottom = band.row_end - 1;
+  if (bits == nullptr) return;
+  for (int32_t y = band.row_begin; y < band.row_end; ++y, bits += plan.words) *bits = fill;
+}
+
+// One strip over bands [begin,end).
 inline void tally_strip(const Plan& plan, const float* source, const MaskThresholds& thresholds, int32_t begin,
                         int32_t end, int32_t strip, uint64_t* bits, const MaskScratch& scratch, Counts& counts) {
   StripRows rows;
@@ -200,53 +230,19 @@ inline void tally_strip(const Plan& plan, const float* source, const MaskThresho
   const int32_t rest = plan.width - strip * kStripWidth;
   const int32_t valid = rest < kStripWidth ? rest : kStripWidth;
   const int32_t code_words = scratch.code_words;
-  uint64_t* word = bits + strip;
+  const int32_t first_row = plan.bands[begin].row_begin;
   for (int32_t b = begin; b < end; ++b) {
     const Band& band = plan.bands[b];
-    const int32_t band_rows = band.row_end - band.row_begin;
+    uint64_t* word = bits == nullptr ? nullptr : bits + static_cast<int64_t>(band.row_begin - first_row) * plan.words + strip;
     const uint64_t* codes = scratch.band + static_cast<int64_t>(b - begin) * 5 * code_words;
-    const bool certain = !any(codes, columns.source_first, columns.source_last) &&
-                         !test(codes + code_words, columns.source_last);
-    if (certain) {
-      const uint64_t fill = test(codes + 2 * code_words, columns.source_first) ? ~uint64_t{0} >> (64 - valid) : 0;
-      for (int32_t y = 0; y < band_rows; ++y) word[static_cast<int64_t>(y) * plan.words] = fill;
-      const int64_t pixels = static_cast<int64_t>(band_rows) * valid;
-      if (test(codes + 3 * code_words, columns.source_first)) counts.certain_inner += pixels;
-      if (test(codes + 4 * code_words, columns.source_first)) counts.certain_outer += pixels;
-    } else {
+    const int32_t column = columns.source_first;
+    if (any(codes, column, columns.source_last) || test(codes + code_words, columns.source_last)) {
       tally_rows(rows, plan, source, thresholds, band, strip, word, counts);
+    } else {
+      tally_certain(plan, band, test(codes + 2 * code_words, column), test(codes + 3 * code_words, column),
+                    test(codes + 4 * code_words, column), valid, word, counts);
     }
-    word += static_cast<int64_t>(band_rows) * plan.words;
   }
-}
-
-// Area and box from the finished bits.
-inline void summarize(const uint64_t* bits, int32_t words, int32_t first_row, int32_t rows, uint64_t* columns,
-                      MaskTally* tally) {
-  int64_t area = 0;
-  tally->top = tally->bottom = -1;
-  for (int32_t word = 0; word < words; ++word) columns[word] = 0;
-  for (int32_t y = 0; y < rows; ++y, bits += words) {
-    uint64_t some = 0;
-    for (int32_t word = 0; word < words; ++word) {
-      some |= bits[word];
-      columns[word] |= bits[word];
-      area += Lanes::popcount(bits[word]);
-    }
-    if (some == 0) continue;
-    if (tally->top < 0) tally->top = first_row + y;
-    tally->bottom = first_row + y;
-  }
-  tally->area = area;
-  tally->left = 0;
-  tally->right = -1;
-  if (area == 0) return;
-  int32_t word = 0;
-  while (columns[word] == 0) ++word;
-  tally->left = word * 64 + __builtin_ctzll(columns[word]);
-  word = words - 1;
-  while (columns[word] == 0) --word;
-  tally->right = word * 64 + 63 - __builtin_clzll(columns[word]);
 }
 
 void tally_bands(const Plan& plan, const float* source, const MaskThresholds& thresholds, int32_t begin, int32_t end,
@@ -263,12 +259,24 @@ void tally_bands(const Plan& plan, const float* source, const MaskThresholds& th
               band.source_last - band.source_first + 1, code_words,
               scratch.band + static_cast<int64_t>(b - begin) * 5 * code_words);
   }
-  Counts counts = {Lanes::zero(), Lanes::zero(), 0, 0};
-  for (int32_t strip = 0; strip < plan.words; ++strip) {
-    tally_strip(plan, source, thresholds, begin, end, strip, bits, scratch, counts);
+  if (bits != nullptr) {
+    const int64_t rows = plan.bands[end - 1].row_end - plan.bands[begin].row_begin;
+    __builtin_memset(bits, 0, static_cast<size_t>(rows * plan.words) * sizeof(uint64_t));
   }
-  const int32_t first_row = plan.bands[begin].row_begin;
-  summarize(bits, plan.words, first_row, plan.bands[end - 1].row_end - first_row, scratch.columns, tally);
+  *tally = {0, 0, 0, 0, 0, -1, -1};
+  Counts counts = {Lanes::zero(), Lanes::zero(), 0, 0, 0, 0, 0, -1};
+  for (int32_t strip = 0; strip < plan.words; ++strip) {
+    counts.columns = 0;
+    counts.bottom = -1;
+    tally_strip(plan, source, thresholds, begin, end, strip, bits, scratch, counts);
+    if (counts.bottom < 0) continue;
+    const bool is_first = tally->right < 0;
+    if (is_first) tally->left = strip * kStripWidth + __builtin_ctzll(counts.columns);
+    tally->right = strip * kStripWidth + 63 - __builtin_clzll(counts.columns);
+    if (is_first || counts.top < tally->top) tally->top = counts.top;
+    if (counts.bottom > tally->bottom) tally->bottom = counts.bottom;
+  }
+  tally->area = counts.area;
   tally->inner = counts.certain_inner + Lanes::total(counts.inner);
   tally->outer = counts.certain_outer + Lanes::total(counts.outer);
 }

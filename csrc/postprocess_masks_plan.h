@@ -50,17 +50,15 @@ struct MaskTally {
 
 // Working memory of one thread.
 struct MaskScratch {
-  uint64_t* bits;     // the part's packed rows, where the caller wants none
   uint64_t* codes;    // [source rows of a part][4][code_words]
-  uint64_t* columns;  // [words]
-  uint64_t* band;     // [4][code_words]
+  uint64_t* band;     // [bands of a part][5][code_words]
   int32_t code_words; // ceil(source_width / 64)
 };
 
 struct MaskKernels {
   int32_t lanes;
   bool fused;  // products are contracted into fused multiply-adds
-  // Bands [begin,end) of one mask; rows of `bits` start at the first band's first row.
+  // Bands [begin,end) of one mask; rows of `bits` start at the first band's first row; null: not wanted.
   void (*tally)(const Plan& plan, const float* source, const MaskThresholds& thresholds, int32_t begin, int32_t end,
                 uint64_t* bits, const MaskScratch& scratch, MaskTally* tally);
   // The same bands as floats; `output` is row 0 of the mask.
