@@ -1,4 +1,4 @@
-"""The published ViT-B at 1024 px on a photo, from pixels to records, against the official code with the same weights."""
+"""ViT-B at 1024 px on a photo, from pixels to records, against the official code with the same weights."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from oracle import build_official, official, relative_error, seed_weights
 
-from sam_fast import SamAutomaticMaskGenerator, SamConfig, SamPredictor, sam_model_registry
-
-VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
+from sam_fast import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from sam_fast.build_sam import VIT_B
 
 
 @pytest.fixture(scope="module")
