@@ -6,7 +6,10 @@ counts. A peer whose result is wrong has no time: `compare` raises before it mea
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import ctypes
+import gc
 import multiprocessing
 import os
 import platform
@@ -134,6 +137,9 @@ def peak_extra_memory(setup: Callable[..., Callable[[], Any]], *args: Any) -> in
 def _measure_memory(threads: int, setup: Callable[..., Callable[[], Any]], args: tuple[Any, ...]) -> int:
     torch.set_num_threads(threads)
     call = setup(*args)
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc: give freed memory back, or its reuse would be free
+        ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current resident size
     before = _status_bytes("VmRSS")
     result = call()

@@ -1,5 +1,7 @@
 #include "postprocess_masks.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,7 +14,6 @@
 namespace sam_fast {
 namespace {
 
-constexpr int32_t kMaxBandRows = 64;
 constexpr int64_t kPartBytes = 32 * 1024;   // packed bits of a part: stay in the first-level cache
 constexpr int32_t kMaxSourceRows = 256;     // of a part, bounds the scratch memory
 constexpr int64_t kTasksPerThread = 4;
@@ -308,21 +309,19 @@ void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t*
   const std::vector<Part> parts = tables.parts(n, threads);
   const int64_t count = static_cast<int64_t>(parts.size());
   std::vector<MaskTally> tallies(n * count);
-#pragma omp parallel num_threads(threads)
-  {
-    const ScratchMemory scratch(plan, parts);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < n * count; ++task) {
-      const int64_t mask = task / count;
-      const Part part = parts[task % count];
-      uint64_t* rows = nullptr;
-      if (bits != nullptr) {
-        rows = reinterpret_cast<uint64_t*>(bits + mask * mask_bytes) +
-               static_cast<int64_t>(plan.bands[part.band_begin].row_begin) * plan.words;
-      }
-      kernel.tally(plan, source + mask * plan.mask_stride, thresholds, part.band_begin, part.band_end, rows,
-                   scratch.view, &tallies[task]);
+  std::vector<ScratchMemory> scratch;  // allocated here: an exception must not leave a parallel region
+  for (int i = 0; i < threads; ++i) scratch.emplace_back(plan, parts);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t task = 0; task < n * count; ++task) {
+    const int64_t mask = task / count;
+    const Part part = parts[task % count];
+    uint64_t* rows = nullptr;
+    if (bits != nullptr) {
+      rows = reinterpret_cast<uint64_t*>(bits + mask * mask_bytes) +
+             static_cast<int64_t>(plan.bands[part.band_begin].row_begin) * plan.words;
     }
+    kernel.tally(plan, source + mask * plan.mask_stride, thresholds, part.band_begin, part.band_end, rows,
+                 scratch[omp_get_thread_num()].view, &tallies[task]);
   }
   for (int64_t i = 0; i < n; ++i) finish(&tallies[i * count], count, area + i, stability + i, boxes + 4 * i);
 }

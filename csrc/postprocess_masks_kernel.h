@@ -33,7 +33,8 @@ inline Float pick(const float* row, int32_t base, const int32_t* index) {
   return base >= 0 ? Lanes::permute(Lanes::load(row + base), index) : Lanes::gather(row, index);
 }
 
-inline void need_samples(StripRows& rows, const Plan& plan, const float* source, int32_t row, int32_t x) {
+// Called once per source row and strip: out of line, so that its registers do not burden the loop over output rows.
+__attribute__((noinline)) void need_samples(StripRows& rows, const Plan& plan, const float* source, int32_t row, int32_t x) {
   const int slot = row & 1;
   if (rows.sample_row[slot] == row) return;
   rows.sample_row[slot] = row;
@@ -168,22 +169,17 @@ struct Counts {
   int32_t top, bottom;  // of one strip: first and last row that have one; bottom -1 if none
 };
 
-inline void count_row(Counts& counts, uint64_t word, int32_t y) {
-  counts.area += Lanes::popcount(word);
-  counts.columns |= word;
-  counts.top = word != 0 && counts.bottom < 0 ? y : counts.top;
-  counts.bottom = word != 0 ? y : counts.bottom;
-}
-
 // `bits`: where the word of the band's first row goes, or null.
 inline void tally_rows(StripRows& rows, const Plan& plan, const float* source, const MaskThresholds& thresholds,
-                       const Band& band, int32_t strip, uint64_t* bits, Counts& total) {
+                       const Band& band, int32_t strip, uint64_t* bits, Counts& counts) {
   const Float mask = Lanes::set(thresholds.mask);
   const Float inner = Lanes::set(thresholds.inner), outer = Lanes::set(thresholds.outer);
   uint64_t unwanted;
   const int64_t stride = bits != nullptr ? plan.words : 0;
   if (bits == nullptr) bits = &unwanted;
-  Counts counts = total;
+  Lanes::Int inner_count = counts.inner, outer_count = counts.outer;
+  int64_t area = counts.area;
+  uint64_t columns = counts.columns, occupied = 0;  // occupied: one bit per row of the band
   for (int32_t y = band.row_begin; y < band.row_end; ++y, bits += stride) {
     const Tap tap = plan.output_row[y];
     need_line(rows, plan, source, tap.first, strip * kStripWidth);
@@ -197,13 +193,22 @@ inline void tally_rows(StripRows& rows, const Plan& plan, const float* source, c
       const int i = g * Lanes::kCount;
       const Float value = Lanes::blend(Lanes::load(first + i), first_weight, Lanes::load(second + i), second_weight);
       over[g] = Lanes::greater(value, mask);
-      counts.inner = Lanes::count(counts.inner, Lanes::greater(value, inner));
-      counts.outer = Lanes::count(counts.outer, Lanes::greater(value, outer));
+      inner_count = Lanes::count(inner_count, Lanes::greater(value, inner));
+      outer_count = Lanes::count(outer_count, Lanes::greater(value, outer));
     }
-    *bits = Lanes::word(over);
-    count_row(counts, *bits, y);
+    const uint64_t word = Lanes::word(over);
+    *bits = word;
+    area += Lanes::popcount(word);
+    columns |= word;
+    occupied |= static_cast<uint64_t>(word != 0) << (y - band.row_begin);
   }
-  total = counts;
+  counts.inner = inner_count;
+  counts.outer = outer_count;
+  counts.area = area;
+  counts.columns = columns;
+  if (occupied == 0) return;
+  if (counts.bottom < 0) counts.top = band.row_begin + __builtin_ctzll(occupied);
+  counts.bottom = band.row_begin + 63 - __builtin_clzll(occupied);
 }
 
 // A band of a strip in which every pixel lies on the same side of each threshold.

@@ -10,6 +10,7 @@
 namespace sam_fast {
 
 constexpr int32_t kStripWidth = 64;  // output columns that are computed together: one word of packed bits
+constexpr int32_t kMaxBandRows = 64;  // one bit per row in a word
 
 // Output rows that begin at the same source row, so that they are skipped or computed together.
 struct Band {
