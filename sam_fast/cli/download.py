@@ -23,10 +23,10 @@ class OfficialModel(str, Enum):
 def download(
     model: Annotated[OfficialModel, typer.Argument(help="375 MB, 1.2 GB or 2.5 GB.", show_default=False)],
     directory: Annotated[
-        Path, typer.Option("--directory", help="Where the file goes; made if it is missing.")
-    ] = Path(),
+        Path | None, typer.Option("--directory", help="Where the file goes.", show_default="~/.cache/sam_fast")
+    ] = None,
 ) -> None:
-    """Download an official checkpoint; a download that was broken off goes on where it stopped."""
+    """Download an official checkpoint and print its path; a download that was broken off goes on where it stopped."""
     from sam_fast.checkpoints import download_checkpoint
 
     columns = (

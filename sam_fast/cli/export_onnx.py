@@ -18,7 +18,7 @@ def export_onnx(
     return_single_mask: Annotated[
         bool, typer.Option("--return-single-mask", help="The model returns the best mask only.")
     ] = False,
-    opset: Annotated[int, typer.Option("--opset", help="ONNX operator set.", min=11)] = 17,
+    opset: Annotated[int, typer.Option("--opset", help="Version of the ONNX operators, 17 or newer.")] = 17,
     quantize_out: Annotated[
         Path | None, typer.Option("--quantize-out", help="Also write a model with 8-bit weights to this file.")
     ] = None,
@@ -33,12 +33,10 @@ def export_onnx(
     ] = False,
 ) -> None:
     """Export the part of the model behind the image encoder to ONNX; needs the extra packages of sam_fast\\[onnx]."""
-    try:
-        from sam_fast.utils.onnx import export_onnx_model, quantize_onnx_model
-    except ImportError as error:
-        raise RuntimeError(f"export needs more packages ({error}): pip install 'sam_fast[onnx]'") from error
+    from sam_fast.utils.onnx import export_onnx_model, quantize_onnx_model
 
     model = load_model(model_type, checkpoint, "cpu")
+    output.parent.mkdir(parents=True, exist_ok=True)
     export_onnx_model(
         model,
         output,
@@ -50,5 +48,6 @@ def export_onnx(
     )
     out().print(str(output))
     if quantize_out is not None:
+        quantize_out.parent.mkdir(parents=True, exist_ok=True)
         quantize_onnx_model(output, quantize_out)
         out().print(str(quantize_out))

@@ -30,7 +30,9 @@ class Backend(str, Enum):
 
 
 ModelType = Annotated[str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")]
-Checkpoint = Annotated[Path, typer.Option("--checkpoint", help="Weights of that model: .pth or .safetensors.")]
+Checkpoint = Annotated[
+    Path, typer.Option("--checkpoint", help="Weights of that model: .pth, .safetensors, or a Hugging Face folder.")
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -79,7 +81,7 @@ def load_model(model_type: str, checkpoint: Path | None, device: str) -> Sam:
 
     if model_type not in sam_model_registry:
         raise ValueError(f"--model-type must be one of {', '.join(sorted(sam_model_registry))}, got {model_type!r}")
-    if checkpoint is not None and not checkpoint.is_file():
+    if checkpoint is not None and not checkpoint.exists():
         raise FileNotFoundError(
             f"no checkpoint at {checkpoint}; `sam-fast download vit_b` (or vit_l, vit_h) fetches the official one"
         )
