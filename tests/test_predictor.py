@@ -145,6 +145,17 @@ def test_several_boxes_equal_one_by_one(predictors, photo):
     assert ours.predict(points[:0], np.ones((0, 1)))[0].shape == (0, 3, 180, 300)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (20000, 50), (3, 9000)], ids=str)
+def test_extreme_images(predictors, size):
+    _, ours = predictors
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    ours.set_image(image)
+    masks, iou, low_res = ours.predict(np.array([[0, 0], [10**6, -(10**6)]]), np.array([1, 0]))
+    assert masks.shape == (3, *size) and np.isfinite(iou).all() and np.isfinite(low_res).all()
+    logits = ours.predict(box=np.array([0, 0, size[1], size[0]]), return_logits=True)[0]
+    np.testing.assert_array_equal(logits > 0, ours.predict(box=np.array([0, 0, size[1], size[0]]))[0])
+
+
 def test_no_image_raises_the_official_message(tiny_models):
     predictor = SamPredictor(tiny_models[1])
     for call in (predictor.predict, predictor.get_image_embedding, lambda: predictor.predict_torch(None, None)):
