@@ -1,8 +1,8 @@
 """Mask post-processing against segment_anything 1.0 on the same logits: `python -m benchmarks.postprocess`.
 
 Cases:
-* "blurred": half of the masks Gaussian-blurred noise of sigma 24 px, half of sigma 8 px (at 256 px), std 6, mean -3: blobs
-  with as much boundary as real masks and more, so that skipping of certain tiles is not flattered;
+* "blurred": half of the masks Gaussian-blurred noise of sigma 24 px, half of sigma 8 px (at 256 px), std 6, mean -3:
+  blobs with as much boundary as real masks and more, so that skipping of certain words is not flattered;
 * "noise": unblurred noise of the same std and mean, in which nothing can be skipped;
 * "click": one prompt's three masks, as a predictor makes them: resize, threshold, boolean masks.
 """
@@ -88,7 +88,7 @@ def official(logits: Tensor, size: tuple[int, int]) -> Result:
 
 
 def ours(logits: Tensor, size: tuple[int, int]) -> Codes:
-    """The same with `postprocess_masks` and `encode_rle`, 64 masks at a time: their bits fit in memory that is reused."""
+    """The same with `postprocess_masks` and `encode_rle`, 64 masks at a time, so that memory is reused."""
     scores, boxes, rles = [], [], []
     for chunk in logits.split(64):
         out = postprocess_masks(
@@ -120,7 +120,7 @@ def ours_click(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def make_gate(logits: Tensor, size: tuple[int, int]) -> Callable[[Any, Any], None]:
-    """A gate that wants identical results, or, where torch has no fused arithmetic, masks that differ only at the edge."""
+    """A gate for identical results; without fused arithmetic in torch, masks may differ at the threshold."""
     exact = torch.backends.cpu.get_cpu_capability() in EXACT_CAPABILITIES
 
     def check_masks(expected: Tensor, got: Tensor) -> None:

@@ -14,8 +14,8 @@
 namespace sam_fast {
 namespace {
 
-constexpr int64_t kPartBytes = 32 * 1024;   // packed bits of a part: stay in the first-level cache
-constexpr int32_t kMaxSourceRows = 256;     // of a part, bounds the scratch memory
+constexpr int64_t kPartBytes = 32 * 1024;  // packed bits of a part: stay in the first-level cache
+constexpr int32_t kMaxSourceRows = 256;    // of a part, bounds the scratch memory
 constexpr int64_t kTasksPerThread = 4;
 
 const MaskKernels& kernels() {
@@ -89,7 +89,8 @@ class Tables {
   // The S x S grid of one mask, cropped: [input_height,input_width], by the rule for small outputs.
   void small_grid(const float* logits, float* grid) const {
     const std::vector<Tap> rows = make_taps(fused_, geometry_.input_height, geometry_.low_height, geometry_.image_size);
-    const std::vector<Tap> columns = make_taps(fused_, geometry_.input_width, geometry_.low_width, geometry_.image_size);
+    const std::vector<Tap> columns =
+        make_taps(fused_, geometry_.input_width, geometry_.low_width, geometry_.image_size);
     for (const Tap& row : rows) {
       const float* top = logits + static_cast<int64_t>(row.first) * geometry_.low_width;
       const float* bottom = logits + static_cast<int64_t>(row.second) * geometry_.low_width;
@@ -108,8 +109,8 @@ class Tables {
           const float* bottom = source + grid_row.second * plan_.row_stride;
           for (int j = 0; j < 2; ++j) {
             const Tap grid_column = grid_column_[j == 0 ? column.first : column.second];
-            grid[i][j] = plan_.one_step ? top[grid_column.first]
-                                        : blend_separable(fused_, top, bottom, grid_row, grid_column);
+            grid[i][j] =
+                plan_.one_step ? top[grid_column.first] : blend_separable(fused_, top, bottom, grid_row, grid_column);
           }
         }
         const Tap across = {0, 1, column.first_weight, column.second_weight};
@@ -183,8 +184,8 @@ class Tables {
     for (int32_t y = 0; y < plan_.height; ++y) {
       const int32_t first = grid_row_[output_row_[y].first].first;
       const int32_t last = grid_row_[output_row_[y].second].second;
-      const bool grows = !bands_.empty() && bands_.back().source_first == first &&
-                         y - bands_.back().row_begin < kMaxBandRows;
+      const bool grows =
+          !bands_.empty() && bands_.back().source_first == first && y - bands_.back().row_begin < kMaxBandRows;
       if (!grows) bands_.push_back({y, y, first, last});
       bands_.back().row_end = y + 1;
       bands_.back().source_last = last;
@@ -300,8 +301,7 @@ void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t*
     for (int64_t i = 0; i < n; ++i) {
       float pixels[kSmallOutputSides * kSmallOutputSides / 4];
       tables.small_output(source + i * plan.mask_stride, pixels);
-      const MaskTally tally =
-          tally_pixels(pixels, plan, thresholds, bits == nullptr ? nullptr : bits + i * mask_bytes);
+      const MaskTally tally = tally_pixels(pixels, plan, thresholds, bits == nullptr ? nullptr : bits + i * mask_bytes);
       finish(&tally, 1, area + i, stability + i, boxes + 4 * i);
     }
     return;

@@ -30,7 +30,9 @@ struct Lanes {
     for (int i = 0; i < kCount; ++i) c[i] = fmaf(a[i], wa[i], c[i]);
     return c;
   }
-  static Float permute(Float v, const int32_t* index) { return Float{v[index[0]], v[index[1]], v[index[2]], v[index[3]]}; }
+  static Float permute(Float v, const int32_t* index) {
+    return Float{v[index[0]], v[index[1]], v[index[2]], v[index[3]]};
+  }
   static Float gather(const float* p, const int32_t* index) {
     return Float{p[index[0]], p[index[1]], p[index[2]], p[index[3]]};
   }

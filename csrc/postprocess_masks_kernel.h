@@ -34,7 +34,8 @@ inline Float pick(const float* row, int32_t base, const int32_t* index) {
 }
 
 // Called once per source row and strip: out of line, so that its registers do not burden the loop over output rows.
-__attribute__((noinline)) void need_samples(StripRows& rows, const Plan& plan, const float* source, int32_t row, int32_t x) {
+__attribute__((noinline)) void need_samples(StripRows& rows, const Plan& plan, const float* source, int32_t row,
+                                            int32_t x) {
   const int slot = row & 1;
   if (rows.sample_row[slot] == row) return;
   rows.sample_row[slot] = row;
@@ -62,8 +63,8 @@ inline void need_line(StripRows& rows, const Plan& plan, const float* source, in
   const Tap tap = plan.grid_row[y];
   need_samples(rows, plan, source, tap.first, x);
   need_samples(rows, plan, source, tap.second, x);
-  const float(*first)[kStripWidth] = rows.sample[tap.first & 1];
-  const float(*second)[kStripWidth] = rows.sample[tap.second & 1];
+  const float (*first)[kStripWidth] = rows.sample[tap.first & 1];
+  const float (*second)[kStripWidth] = rows.sample[tap.second & 1];
   const Float first_weight = Lanes::set(tap.first_weight), second_weight = Lanes::set(tap.second_weight);
 #pragma GCC unroll 16
   for (int g = 0; g < kGroups; ++g) {
@@ -238,7 +239,8 @@ inline void tally_strip(const Plan& plan, const float* source, const MaskThresho
   const int32_t first_row = plan.bands[begin].row_begin;
   for (int32_t b = begin; b < end; ++b) {
     const Band& band = plan.bands[b];
-    uint64_t* word = bits == nullptr ? nullptr : bits + static_cast<int64_t>(band.row_begin - first_row) * plan.words + strip;
+    uint64_t* word =
+        bits == nullptr ? nullptr : bits + static_cast<int64_t>(band.row_begin - first_row) * plan.words + strip;
     const uint64_t* codes = scratch.band + static_cast<int64_t>(b - begin) * 5 * code_words;
     const int32_t column = columns.source_first;
     if (any(codes, column, columns.source_last) || test(codes + code_words, columns.source_last)) {

@@ -9,13 +9,13 @@
 
 namespace sam_fast {
 
-constexpr int32_t kStripWidth = 64;  // output columns that are computed together: one word of packed bits
+constexpr int32_t kStripWidth = 64;   // output columns that are computed together: one word of packed bits
 constexpr int32_t kMaxBandRows = 64;  // one bit per row in a word
 
 // Output rows that begin at the same source row, so that they are skipped or computed together.
 struct Band {
-  int32_t row_begin, row_end;          // output rows
-  int32_t source_first, source_last;   // source rows that they read, inclusive
+  int32_t row_begin, row_end;         // output rows
+  int32_t source_first, source_last;  // source rows that they read, inclusive
 };
 
 // Source columns that a strip reads, inclusive.
@@ -51,9 +51,9 @@ struct MaskTally {
 
 // Working memory of one thread.
 struct MaskScratch {
-  uint64_t* codes;    // [source rows of a part][4][code_words]
-  uint64_t* band;     // [bands of a part][5][code_words]
-  int32_t code_words; // ceil(source_width / 64)
+  uint64_t* codes;     // [source rows of a part][4][code_words]
+  uint64_t* band;      // [bands of a part][5][code_words]
+  int32_t code_words;  // ceil(source_width / 64)
 };
 
 struct MaskKernels {

@@ -56,8 +56,8 @@ KINDS = ("noise", "blobs", "constant", "edges", "special")
 
 
 def make_logits(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor:
-    """Logits [N, h, w]: noise; blobs (certain regions and boundaries); constant; steps that lie within a few units in the
-    last place of the thresholds -1, 0 and 1; noise with NaN, infinities and values that overflow."""
+    """Logits [N, h, w]: noise; blobs (certain regions and boundaries); constant; steps that lie within a few units in
+    the last place of the thresholds -1, 0 and 1; blobs with NaN, infinities and values that overflow."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(shape, generator=generator) * 6 - 3
     n, height, width = shape
@@ -65,9 +65,8 @@ def make_logits(kind: str, shape: tuple[int, int, int], seed: int = 0) -> Tensor
         coarse = torch.randn((n, 1, 3 + height // 16, 3 + width // 16), generator=generator) * 8
         noise = F.interpolate(coarse, (height, width), mode="bicubic")[:, 0]
     if kind == "constant":
-        return (
-            torch.tensor([-5.0, 0.0, 1.0, 0.5, -0.5, 5.0])[torch.arange(n) % 6, None, None].expand(shape).contiguous()
-        )
+        values = torch.tensor([-5.0, 0.0, 1.0, 0.5, -0.5, 5.0])
+        return values[torch.arange(n) % 6, None, None].expand(shape).contiguous()
     if kind == "edges":
         near = [np.float32(t) for t in (-1.0, 0.0, 1.0)]
         near += [np.nextafter(t, np.float32(side)) for t in near for side in (-9, 9)]
@@ -337,13 +336,8 @@ def test_opcheck(return_bits, backend):
 def test_fullgraph_compile():
     def call(logits: Tensor) -> tuple[Tensor, ...]:
         masks = postprocess_masks(logits * 2, (64, 40), (150, 70), 64)
-        return (
-            masks.area + 1,
-            masks.stability_score,
-            masks.boxes,
-            masks.bits,
-            resize_logits(logits, (64, 40), (9, 7), 64),
-        )
+        image = resize_logits(logits, (64, 40), (9, 7), 64)
+        return masks.area + 1, masks.stability_score, masks.boxes, masks.bits, image
 
     logits = make_logits("blobs", (2, 16, 16))
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
