@@ -1,5 +1,6 @@
 # make demo   set up, then automatic masks of a photo as an overlay picture
 # make test   set up, then lint and the whole test suite
+# make asan   the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # PYTHON=python3.12          another interpreter for the virtual environment
 # PIP_ARGS="--index-url ..." where pip looks, e.g. PyTorch's CPU index; by default what pip is configured with
@@ -54,7 +55,7 @@ bench: setup
 
 # The native operations under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 asan: setup
-	CMAKE_BUILD_DIR= $(BIN)/python tests/run_sanitized.py
+	$(BIN)/python tests/run_sanitized.py
 
 clean:
 	rm -rf build dist outputs $(VENV)

@@ -1,9 +1,9 @@
 """Encoding, one prompt and automatic masks against segment_anything 1.0, same weights: `python -m benchmarks.amg`.
 
-Weights are seeded, so masks are arbitrary; the generator's thresholds are set such that a fair share of them passes each
-filter. The photo is the packaged coffee.jpg, enlarged to 1200 x 1800.
+Weights are seeded, so masks are arbitrary; the generator's thresholds are set such that a fair share of them passes
+each filter. The photo is the packaged coffee.jpg, enlarged to 1200 x 1800.
 
-Cases: "encode" (set_image), "click" (one point, three masks, image set), "automatic masks" (generate, encoding included).
+Cases: "encode" (set_image), "click" (one point, three masks, image set), "automatic masks" (generate, with encoding).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def prepare_memory(peer: str, points_per_side: int) -> Callable[[], Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points-per-side", type=int, default=32)
-    parser.add_argument("--repetitions", type=int, default=3, help="of encode and click (x 5); automatic masks runs once")
+    parser.add_argument("--repetitions", type=int, default=3, help="of encode, click (x 5); automatic masks: once")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--no-write", action="store_true", help="print only, leave benchmarks/results alone")
     arguments = parser.parse_args()

@@ -32,6 +32,7 @@ class ImageEmbedding:
         image_size: S, the side of the padded square that the encoder saw.
         image_format: channel order the model was given, "RGB" or "BGR".
         fingerprint: identifies the encoder's weights (see `model_fingerprint`).
+        metadata: notes of the caller (where the image is, its hash), saved and loaded with the embedding.
         cache: what a runtime derives from the features once per image; never saved.
     """
 
@@ -41,6 +42,7 @@ class ImageEmbedding:
     image_size: int
     image_format: str
     fingerprint: str
+    metadata: dict[str, str] = field(default_factory=dict)
     cache: dict[str, Any] = field(default_factory=dict, repr=False)
     _ready: torch.cuda.Event | None = field(default=None, repr=False)
 
@@ -66,6 +68,7 @@ class ImageEmbedding:
             self.image_size,
             self.image_format,
             self.fingerprint,
+            dict(self.metadata),
         )
 
     def wait(self) -> None:
@@ -85,6 +88,7 @@ class ImageEmbedding:
             "image_size": str(self.image_size),
             "image_format": self.image_format,
             "fingerprint": self.fingerprint,
+            "metadata": json.dumps(self.metadata),
         }
         self.wait()
         save_file({"features": self.features.detach().contiguous().cpu()}, str(path), metadata=metadata)
@@ -118,6 +122,7 @@ class ImageEmbedding:
                 int(metadata["image_size"]),
                 metadata["image_format"],
                 metadata["fingerprint"],
+                dict(json.loads(metadata["metadata"])),
             )
         except (SafetensorError, KeyError, json.JSONDecodeError, TypeError) as error:
             raise ValueError(f"{path} is not a readable image embedding: {error!r}") from error

@@ -255,9 +255,11 @@ class TestEmbedding:
         _, ours = predictors
         embedding = ours.set_image(photo_of(photo, SIZES["landscape"]))
         embedding.cache["derived"] = torch.ones(3)
+        embedding.metadata["file"] = "landscape.jpg"
         embedding.save(tmp_path / "image.safetensors")
         loaded = ImageEmbedding.load(tmp_path / "image.safetensors")
         assert torch.equal(loaded.features, embedding.features) and loaded.cache == {}
+        assert loaded.metadata == {"file": "landscape.jpg"}
         assert (loaded.original_size, loaded.input_size) == (embedding.original_size, embedding.input_size)
         box = np.array([20, 30, 120, 140])
         for a, b in zip(ours.predict(box=box, embedding=loaded), ours.predict(box=box), strict=True):

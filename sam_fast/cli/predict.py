@@ -150,39 +150,25 @@ def _encode(predictor: SamPredictor, image: np.ndarray, path: Path | None) -> Im
             return known
     encoded = predictor.set_image(image)
     path.parent.mkdir(parents=True, exist_ok=True)
+    encoded.metadata[_DIGEST_KEY] = digest
     encoded.save(path)
-    _add_metadata(path, {_DIGEST_KEY: digest})
     return encoded
 
 
 def _load_if_it_fits(predictor: SamPredictor, path: Path, digest: str) -> ImageEmbedding | None:
     """Raises ValueError where the file is not an embedding at all: then it is not ours to overwrite."""
-    from safetensors import safe_open
-
     from sam_fast import ImageEmbedding
 
     known = ImageEmbedding.load(path, predictor.device)
-    with safe_open(str(path), framework="np") as file:
-        same_image = (file.metadata() or {}).get(_DIGEST_KEY) == digest
     try:
         predictor.runtime.check(known)
     except ValueError as error:
         report_note(f"{path} is replaced: {error}")
         return None
-    if not same_image:
+    if known.metadata.get(_DIGEST_KEY) != digest:
         report_note(f"{path} is replaced: it is the embedding of another image")
         return None
     return known
-
-
-def _add_metadata(path: Path, extra: dict[str, str]) -> None:
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    with safe_open(str(path), framework="np") as file:
-        metadata = {**(file.metadata() or {}), **extra}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    save_file(tensors, str(path), metadata=metadata)
 
 
 def _write(
