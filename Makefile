@@ -3,8 +3,10 @@
 # make asan   the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # PYTHON=python3.12          another interpreter for the virtual environment
-# PIP_ARGS="--index-url ..." where pip looks, e.g. PyTorch's CPU index; by default what pip is configured with
+# TORCH_ARGS="--index-url ..." where pip looks for torch, e.g. PyTorch's CPU index; by default what pip is configured with
+# PIP_ARGS="..."             more arguments for every call of pip
 PYTHON ?= python3
+TORCH_ARGS ?=
 PIP_ARGS ?=
 VENV ?= .venv
 
@@ -20,17 +22,16 @@ setup: $(STAMP)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The build tools are installed first and build isolation is off, so that the editable build directory stays valid.
-$(VENV)/.dependencies: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) torch
+# torch and the build tools come first and build isolation is off, so that the build directory of the editable install
+# stays valid. segment-anything is the oracle of the tests; of its dependencies they need none.
+$(VENV)/.dependencies: constraints.txt | $(BIN)/python
+	$(PIP) $(TORCH_ARGS) torch
 	$(PIP) scikit-build-core pybind11 cmake ninja
-	$(BIN)/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; o = p['optional-dependencies']; print('\n'.join(p['dependencies'] + o['onnx'] + o['test'] + o['dev']))" > $(VENV)/requirements.txt
-	$(PIP) -r $(VENV)/requirements.txt
-	$(PIP) --no-deps segment-anything  # the oracle of the tests; its torchvision is not needed
+	$(PIP) --no-deps segment-anything
 	touch $@
 
 $(STAMP): $(VENV)/.dependencies $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps --editable .
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[onnx,test,dev]'
 	touch $@
 
 demo: setup

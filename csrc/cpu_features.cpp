@@ -27,7 +27,8 @@ CpuLevel requested_level() {
   for (CpuLevel level : {CpuLevel::kBase, CpuLevel::kAvx2, CpuLevel::kAvx512}) {
     if (std::string(wish) != cpu_level_name(level)) continue;
     if (level <= best) return level;
-    throw std::runtime_error(std::string("SAM_FAST_CPU=") + wish + ", but this CPU supports only " + cpu_level_name(best));
+    throw std::runtime_error(std::string("SAM_FAST_CPU=") + wish + ", but this CPU supports only " +
+                             cpu_level_name(best));
   }
   throw std::runtime_error(std::string("SAM_FAST_CPU must be base, avx2 or avx512, got ") + wish);
 }

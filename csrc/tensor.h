@@ -52,15 +52,25 @@ enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };
 template <typename T>
 constexpr dlpack::DataType dtype_of();
 template <>
-constexpr dlpack::DataType dtype_of<float>() { return {2, 32, 1}; }
+constexpr dlpack::DataType dtype_of<float>() {
+  return {2, 32, 1};
+}
 template <>
-constexpr dlpack::DataType dtype_of<uint8_t>() { return {1, 8, 1}; }
+constexpr dlpack::DataType dtype_of<uint8_t>() {
+  return {1, 8, 1};
+}
 template <>
-constexpr dlpack::DataType dtype_of<bool>() { return {6, 8, 1}; }
+constexpr dlpack::DataType dtype_of<bool>() {
+  return {6, 8, 1};
+}
 template <>
-constexpr dlpack::DataType dtype_of<int32_t>() { return {0, 32, 1}; }
+constexpr dlpack::DataType dtype_of<int32_t>() {
+  return {0, 32, 1};
+}
 template <>
-constexpr dlpack::DataType dtype_of<int64_t>() { return {0, 64, 1}; }
+constexpr dlpack::DataType dtype_of<int64_t>() {
+  return {0, 64, 1};
+}
 
 class TensorView {
  public:
@@ -122,7 +132,9 @@ class TensorView {
     return api;
   }
 
-  [[noreturn]] void fail(const std::string& what) const { throw std::invalid_argument(std::string(name_) + " " + what); }
+  [[noreturn]] void fail(const std::string& what) const {
+    throw std::invalid_argument(std::string(name_) + " " + what);
+  }
 
   const char* name_;
   dlpack::Tensor tensor_{};
