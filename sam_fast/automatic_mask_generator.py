@@ -172,7 +172,7 @@ class SamAutomaticMaskGenerator:
         data["rles"] = encode_rle(bits, x1 - x0, canvas_size=(height, width), offset=(x0, y0), backend=self._backend)
         data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
         data["points"] = uncrop_points(data["points"], crop_box)
-        data["crop_boxes"] = torch.tensor([crop_box] * len(keep), dtype=torch.int64).reshape(-1, 4)
+        data["crop_boxes"] = torch.tensor(crop_box, device=data["boxes"].device).expand(len(keep), 4)
         return data
 
     def _in_batches(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,17 @@ def test_odd_images_like_official(tiny_models, shape):
 def test_nothing_survives(tiny_models, image, settings):
     """With crops the official code raises IndexError here."""
     assert generators(tiny_models, pred_iou_thresh=1e6, **settings)[1].generate(image) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_crops_and_small_regions_on_cuda(tiny_models, image):
+    """Boxes lie on the device then, as must all that meets them."""
+    settings = {**BASE, **SETTINGS["small regions in crops"]}
+    on_cpu = SamAutomaticMaskGenerator(tiny_models[1], **settings).generate(image)
+    model = copy.deepcopy(tiny_models[1]).cuda()
+    on_cuda = SamAutomaticMaskGenerator(model, **settings, precision="fp32").generate(image)
+    # Products are summed in another order: a mask near a threshold may come or go.
+    assert len(on_cpu) > 3 and abs(len(on_cuda) - len(on_cpu)) <= 1
 
 
 def test_generate_batch(tiny_models, image):
