@@ -172,25 +172,23 @@ class SamAutomaticMaskGenerator:
         data["rles"] = encode_rle(bits, x1 - x0, canvas_size=(height, width), offset=(x0, y0), backend=self._backend)
         data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
         data["points"] = uncrop_points(data["points"], crop_box)
-        data["crop_boxes"] = torch.tensor([crop_box] * len(keep), dtype=torch.int64, device=keep.device).reshape(-1, 4)
+        data["crop_boxes"] = torch.tensor(crop_box, device=data["boxes"].device).expand(len(keep), 4)
         return data
 
     def _in_batches(
         self, embedding: ImageEmbedding, points: np.ndarray, crop_box: list[int], size: tuple[int, int]
     ) -> Iterator[tuple[MaskData, torch.Tensor]]:
         """`_candidates` of batch after batch; where memory runs out, of smaller batches from then on."""
-        start = 0
+        start, count = 0, self.points_per_batch
         while start < len(points):
-            count = self.points_per_batch
             try:
                 found = self._candidates(embedding, points[start : start + count], crop_box, size)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
-                self.points_per_batch = count // 2
-                warnings.warn(
-                    f"out of memory with points_per_batch={count}; going on with {self.points_per_batch}", stacklevel=2
-                )
+                if count == self.points_per_batch:
+                    warnings.warn(f"out of memory with points_per_batch={count}; going on with less", stacklevel=2)
+                count //= 2
                 continue
             yield found
             start += count

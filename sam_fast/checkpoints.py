@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sam_fast.modeling import Sam
-from sam_fast.modeling.image_encoder import Block, resize_absolute_positions, resize_relative_positions
+from sam_fast.modeling.image_encoder import Block, ImageEncoderViT, resize_absolute_positions, resize_relative_positions
 
 # The end of each name is the beginning of the file's SHA-256.
 OFFICIAL_FILES = {
@@ -112,9 +112,14 @@ def checkpoint_file(path: _Path) -> Path:
 
 
 def resize_positions(model: Sam, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Interpolate the positions in `state` to the image size of `model`; other tensors are passed on."""
+    """Interpolate the positions in `state` to the image size of `model`; other tensors are passed on.
+
+    So are all tensors of an image encoder other than `ImageEncoderViT`.
+    """
     encoder = model.image_encoder
     state = dict(state)
+    if not isinstance(encoder, ImageEncoderViT):
+        return state
     name = "image_encoder.pos_embed"
     if encoder.pos_embed is not None and name in state and _differ_in_size(state[name], encoder.pos_embed, (1, 2)):
         height, width = encoder.pos_embed.shape[1:3]

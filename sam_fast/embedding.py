@@ -33,7 +33,7 @@ class ImageEmbedding:
         image_format: channel order the model was given, "RGB" or "BGR".
         fingerprint: identifies the encoder's weights (see `model_fingerprint`).
         metadata: notes of the caller (where the image is, its hash), saved and loaded with the embedding.
-        cache: what a runtime derives from the features once per image; never saved.
+        cache: what a runtime derives from the features once per image; neither saved nor copied.
     """
 
     features: torch.Tensor
@@ -51,14 +51,24 @@ class ImageEmbedding:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self.features.device))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: no CUDA event, which cannot be copied, and no cache."""
+        self.wait()
+        return {**self.__dict__, "cache": {}, "_ready": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @property
     def device(self) -> torch.device:
         """Where the features are."""
         return self.features.device
 
     def to(self, device: torch.device | str) -> ImageEmbedding:
-        """Return this embedding on `device`, or itself if it is there."""
-        if torch.device(device) == self.device:
+        """Return this embedding on `device`, or itself if it is there ("cuda" is any CUDA device)."""
+        device = torch.device(device)
+        if device == self.device or (device.index is None and device.type == self.device.type):
             return self
         self.wait()
         return ImageEmbedding(
@@ -137,20 +147,31 @@ def model_fingerprint(encoder: nn.Module) -> str:
     """Return a short hash of an image encoder's weights.
 
     It covers every tensor's name, shape and 16 evenly spaced values in float32, so that two trainings do not share it
-    and it costs milliseconds. It is remembered until a parameter is replaced or changed in place.
+    and it costs milliseconds. It is remembered until a parameter is replaced or changed in place. `torch.compile` does
+    not change it.
     """
-    state = encoder.state_dict(keep_vars=True)
-    key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+    weights = _named_weights(encoder)
+    key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in weights)
     known = _fingerprints.get(encoder)
     if known is not None and known[0] == key:
         return known[1]
-    samples = []
+    samples = [torch.zeros(0)]
     digest = hashlib.sha256()
-    for name, tensor in state.items():
+    for name, tensor in weights:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().reshape(-1)
+        flat = (tensor.dequantize() if tensor.is_quantized else tensor).detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR].float())
-    digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    digest.update(torch.cat([sample.to(samples[-1].device) for sample in samples]).cpu().numpy().tobytes())
     fingerprint = digest.hexdigest()[:16]
     _fingerprints[encoder] = (key, fingerprint)
     return fingerprint
+
+
+def _named_weights(encoder: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a state dict, also those that quantised layers keep in tuples."""
+    weights = []
+    for name, value in encoder.state_dict(keep_vars=True).items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                weights.append((name.replace("_orig_mod.", ""), item))
+    return weights

@@ -107,7 +107,7 @@ class SamPredictor:
             prepared.append(prepare_image(pixels, self.model.image_encoder.img_size))
 
         # Images whose resized form has one size go through the encoder together.
-        embeddings: list[ImageEmbedding | None] = [None] * len(prepared)
+        embeddings: dict[int, ImageEmbedding] = {}
         by_size: dict[tuple[int, int], list[int]] = {}
         for i, (_, input_size, _) in enumerate(prepared):
             by_size.setdefault(input_size, []).append(i)
@@ -117,9 +117,8 @@ class SamPredictor:
                 chunk = indices[start : start + step]
                 tensor = torch.cat([prepared[i][0] for i in chunk]).to(self.device)
                 sizes = [prepared[i][2] for i in chunk]
-                for i, embedding in zip(chunk, self.runtime.encode(tensor, sizes), strict=True):
-                    embeddings[i] = embedding
-        return [embedding for embedding in embeddings if embedding is not None]
+                embeddings.update(zip(chunk, self.runtime.encode(tensor, sizes), strict=True))
+        return [embeddings[i] for i in range(len(prepared))]
 
     def get_image_embedding(self) -> torch.Tensor:
         """Return the features [1, C, s, s] of the image that is set.
@@ -241,7 +240,15 @@ class SamPredictor:
 
         Raises:
             RuntimeError: no image is set.
+            TypeError: a prompt is not a tensor.
+            ValueError: a prompt has a wrong shape, or the embedding belongs to another model.
         """
+        given = {"point_coords": point_coords, "point_labels": point_labels, "boxes": boxes, "mask_input": mask_input}
+        for name, value in given.items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; `predict` takes arrays")
+        if point_coords is not None and point_labels is None:
+            raise ValueError("point_labels must be supplied if point_coords is supplied.")
         current = self._current(embedding)
         prompts = Prompts(point_coords, point_labels, boxes, mask_input, extra_tokens)
         return self._predict(current, prompts, multimask_output, return_logits)
@@ -275,15 +282,14 @@ class SamPredictor:
         if groups is None:
             return self.predict(coords, labels, boxes, masks, multimask_output, return_logits, embedding=embedding)
         current = self._current(embedding)
-        rows: list[tuple[torch.Tensor, ...] | None] = [None] * sum(len(indices) for indices, _ in groups)
+        rows: dict[int, tuple[torch.Tensor, ...]] = {}
         for indices, arrays in groups:
             prompts = to_prompts(arrays, current, self.device)
             results = self._predict(current, prompts, multimask_output, return_logits)
             for row, index in enumerate(indices):
                 rows[index] = tuple(result[row] for result in results)
-        stacked = [
-            torch.stack(column).cpu().numpy() for column in zip(*(r for r in rows if r is not None), strict=True)
-        ]
+        columns = zip(*(rows[i] for i in range(len(rows))), strict=True)
+        stacked = [torch.stack(column).cpu().numpy() for column in columns]
         return stacked[0], stacked[1], stacked[2]
 
     def _remember(self, embedding: ImageEmbedding) -> ImageEmbedding:
@@ -306,10 +312,10 @@ class SamPredictor:
         if (
             known is None
             or known.features is not self.features
-            or known.original_size != self.original_size
-            or known.input_size != self.input_size
+            or known.original_size != tuple(self.original_size)
+            or known.input_size != tuple(self.input_size)
         ):
             # Scripts written for segment_anything restore a cached image by assigning these attributes.
             known = self.runtime.adopt(self.features, self.original_size, self.input_size)
             self._embedding = known
-        return known
+        return known.to(self.device)

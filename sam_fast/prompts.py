@@ -34,8 +34,8 @@ def to_prompts(arrays: Mapping[str, Any], embedding: ImageEmbedding, device: tor
     batched: dict[str, np.ndarray] = {}
     for name, (dims, message) in _SHAPES.items():
         value = arrays.get(name)
-        if value is None:
-            continue
+        if value is None or (name == "labels" and arrays.get("points") is None):
+            continue  # like the official code, labels without points are no prompt
         array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{message} with numbers in it, got dtype {array.dtype}")
@@ -69,8 +69,6 @@ def _check(batched: Mapping[str, np.ndarray], embedding: ImageEmbedding) -> None
                 f"point_labels must have one label per point, got labels {list(batched['labels'].shape)} "
                 f"for points {list(batched['points'].shape)}"
             )
-    elif "labels" in batched:
-        raise ValueError("point_coords must be supplied if point_labels is supplied.")
     if "boxes" in batched and batched["boxes"].shape[-1] != 4:
         raise ValueError(f"{_SHAPES['boxes'][1]}, got {list(batched['boxes'].shape)}")
     if "masks" in batched:

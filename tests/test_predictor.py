@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 import torch
 from oracle import official
 
-from sam_fast import ImageEmbedding, SamPredictor
+from sam_fast import SamPredictor
+from sam_fast.checkpoints import load_checkpoint
 
 SIZES = {"landscape": (180, 300), "portrait": (300, 180), "square": (256, 256), "tiny": (9, 14), "huge": (1400, 2100)}
 # Float32 through two implementations of the same sums: rounding alone (bound 1e-4, see the contract in the README).
@@ -56,8 +59,8 @@ def assert_same(ours, theirs):
     assert np.abs(low_res - their_low_res).max() <= RELATIVE_ERROR * scale
     assert np.abs(iou - their_iou).max() <= RELATIVE_ERROR
     if masks.dtype == bool:
-        differing = np.count_nonzero(masks != their_masks)
-        assert differing <= 1e-4 * max(np.count_nonzero(their_masks), 1e4 * (differing > 0))
+        # A logit that differs by rounding may fall on either side of 0: one in ten thousand, or one of a small mask.
+        assert np.count_nonzero(masks != their_masks) <= max(1, 1e-4 * np.count_nonzero(their_masks))
     else:
         assert np.abs(masks - their_masks).max() <= RELATIVE_ERROR * scale
 
@@ -187,11 +190,100 @@ def test_attributes_restored_by_hand_are_used(predictors, photo):
         np.testing.assert_array_equal(a, b)
 
 
+def test_sizes_restored_as_lists_are_recognised(predictors, photo):
+    """JSON has no tuples; what is derived from the features is kept between calls all the same."""
+    _, ours = predictors
+    ours.set_image(photo_of(photo, SIZES["landscape"]))
+    ours.original_size, ours.input_size = list(ours.original_size), list(ours.input_size)
+    before = ours._embedding
+    ours.predict(box=np.array([20, 30, 120, 140]))
+    assert ours._embedding is before
+
+
+@pytest.mark.parametrize("change", [lambda f: f[0], lambda f: f.repeat(2, 1, 1, 1), lambda f: f[..., :8]])
+def test_restored_features_of_a_wrong_shape(predictors, photo, change):
+    _, ours = predictors
+    ours.set_image(photo)
+    ours.features = change(ours.features)
+    with pytest.raises(ValueError, match=r"must be \[1, 256, 16, 16\]"):
+        ours.predict(box=np.array([20, 30, 120, 140]))
+
+
+def test_predict_torch_says_what_is_wrong(predictors, photo):
+    _, ours = predictors
+    ours.set_image(photo)
+    with pytest.raises(ValueError, match="point_labels must be supplied"):
+        ours.predict_torch(torch.ones(1, 1, 2), None)
+    with pytest.raises(TypeError, match="boxes must be a tensor, got ndarray"):
+        ours.predict_torch(None, None, boxes=np.ones((1, 4)))
+
+
+def test_empty_prompts_like_official(predictors, photo):
+    theirs, ours = predictors
+    image = photo_of(photo, SIZES["landscape"])
+    theirs.set_image(image)
+    ours.set_image(image)
+    none = {"point_coords": np.zeros((0, 2)), "point_labels": np.zeros(0)}
+    for kwargs in (none, {**none, "box": np.array([20, 30, 120, 140])}):
+        assert_same(ours.predict(**kwargs), theirs.predict(**kwargs))
+    assert [a.shape for a in ours.predict(box=np.zeros((0, 4)))] == [(0, 3, 180, 300), (0, 3), (0, 3, 64, 64)]
+
+
+@pytest.mark.parametrize("given", ["RGB", "BGR"])
+def test_model_that_wants_bgr_like_official(tiny_models, photo, given):
+    theirs, ours = copy.deepcopy(tiny_models)
+    theirs.image_format = ours.image_format = "BGR"
+    expected, predictor = official.SamPredictor(theirs), SamPredictor(ours)
+    expected.set_image(photo, given)
+    predictor.set_image(photo, given)
+    torch.testing.assert_close(predictor.features, expected.features, rtol=0, atol=1e-4)
+
+
+def test_copies_and_pickles_go_on_with_the_image(tiny_models, photo):
+    predictor = SamPredictor(tiny_models[1])
+    predictor.set_image(photo)
+    expected = predictor.predict(box=np.array([20, 30, 120, 140]))
+    for other in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        for a, b in zip(other.predict(box=np.array([20, 30, 120, 140])), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class OtherEncoder(torch.nn.Module):
+    """What variants such as MobileSAM put in the place of the image encoder: any module that knows its `img_size`."""
+
+    img_size = 256
+
+    def __init__(self, *, weights: bool) -> None:
+        super().__init__()
+        self.proj = torch.nn.Conv2d(3, 256, 16, 16) if weights else torch.nn.PixelUnshuffle(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)[:, :256]
+
+
+@pytest.mark.parametrize("weights", [True, False], ids=["with weights", "without weights"])
+def test_another_image_encoder(tiny_models, photo, tmp_path, weights):
+    models = copy.deepcopy(tiny_models)
+    encoder = OtherEncoder(weights=weights)
+    for model in models:
+        model.image_encoder = encoder
+    theirs, ours = official.SamPredictor(models[0]), SamPredictor(models[1])
+    theirs.set_image(photo)
+    embedding = ours.set_image(photo)
+    box = np.array([20, 30, 120, 140])
+    assert_same(ours.predict(box=box), theirs.predict(box=box))
+    assert_same(ours.predict(box=box, embedding=embedding), theirs.predict(box=box))
+    torch.save(models[1].state_dict(), tmp_path / "other.pth")
+    with torch.no_grad():
+        models[1].mask_decoder.iou_token.weight.zero_()
+    load_checkpoint(models[1], tmp_path / "other.pth")
+    assert_same(ours.predict(box=box), theirs.predict(box=box))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
         ({"point_coords": np.ones((1, 2))}, "point_labels must be supplied"),
-        ({"point_labels": np.ones(1)}, "point_coords must be supplied"),
         ({"point_coords": np.ones((2, 3)), "point_labels": np.ones(2)}, r"\[K, 2\]"),
         ({"point_coords": np.ones((2, 2)), "point_labels": np.ones(3)}, "one label per point"),
         ({"point_coords": np.ones(2), "point_labels": np.ones(1)}, r"\[K, 2\]"),
@@ -210,6 +302,13 @@ def test_bad_prompts_say_what_is_wrong(predictors, photo, kwargs, message):
         ours.predict(**kwargs)
 
 
+def test_labels_without_points_are_no_prompt(predictors, photo):
+    theirs, ours = predictors
+    theirs.set_image(photo)
+    ours.set_image(photo)
+    assert_same(ours.predict(point_labels=np.ones(2)), theirs.predict(point_labels=np.ones(2)))
+
+
 @pytest.mark.parametrize("arguments", [{"precision": "fp64"}, {"backend": "cpp"}])
 def test_unknown_precision_and_backend(tiny_models, arguments):
     with pytest.raises(ValueError, match="must be auto"):
@@ -221,15 +320,18 @@ def test_fp16_needs_a_gpu(tiny_models):
         SamPredictor(tiny_models[1], precision="fp16")
 
 
-def test_backends_agree_bit_for_bit(tiny_models, photo):
+def test_backends_agree(tiny_models, photo):
     image = photo_of(photo, SIZES["landscape"])
     results = []
     for backend in ("native", "torch"):
         predictor = SamPredictor(tiny_models[1], backend=backend)
         predictor.set_image(image)
         results.append(predictor.predict(box=np.array([20, 30, 120, 140])))
-    for native, reference in zip(*results, strict=True):
-        assert (native == reference).mean() > 0.9999
+    (masks, *scores), (their_masks, *their_scores) = results
+    for native, reference in zip(scores, their_scores, strict=True):
+        np.testing.assert_array_equal(native, reference)  # no operation of a backend comes before them
+    # Bit for bit where torch interpolates with AVX2 or AVX-512; elsewhere a logit within 1e-4 of 0 may fall either way.
+    assert np.count_nonzero(masks != their_masks) <= 1e-4 * masks.size
 
 
 def test_bf16_is_close(tiny_models, photo):
@@ -239,73 +341,6 @@ def test_bf16_is_close(tiny_models, photo):
     assert bf16.features.dtype == torch.float32
     error = (fp32.features - bf16.features).norm() / fp32.features.norm()
     assert 0 < error < 0.05  # eight bits of mantissa through four blocks
-
-
-class TestEmbedding:
-    def test_set_image_returns_what_predict_accepts(self, predictors, photo):
-        _, ours = predictors
-        box = np.array([20, 30, 120, 140])
-        first = ours.set_image(photo_of(photo, SIZES["landscape"]))
-        expected = ours.predict(box=box)
-        ours.set_image(photo_of(photo, SIZES["portrait"]))
-        for a, b in zip(ours.predict(box=box, embedding=first), expected, strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    def test_saved_and_loaded(self, predictors, photo, tmp_path):
-        _, ours = predictors
-        embedding = ours.set_image(photo_of(photo, SIZES["landscape"]))
-        embedding.cache["derived"] = torch.ones(3)
-        embedding.metadata["file"] = "landscape.jpg"
-        embedding.save(tmp_path / "image.safetensors")
-        loaded = ImageEmbedding.load(tmp_path / "image.safetensors")
-        assert torch.equal(loaded.features, embedding.features) and loaded.cache == {}
-        assert loaded.metadata == {"file": "landscape.jpg"}
-        assert (loaded.original_size, loaded.input_size) == (embedding.original_size, embedding.input_size)
-        box = np.array([20, 30, 120, 140])
-        for a, b in zip(ours.predict(box=box, embedding=loaded), ours.predict(box=box), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-    def test_of_another_model_raises(self, predictors, photo, tiny_models):
-        import copy
-
-        _, ours = predictors
-        embedding = ours.set_image(photo)
-        other = copy.deepcopy(tiny_models[1])
-        with torch.no_grad():
-            other.image_encoder.patch_embed.proj.weight.mul_(1.01)
-        with pytest.raises(ValueError, match="another model"):
-            SamPredictor(other).predict(embedding=embedding)
-
-    def test_fingerprint_follows_the_weights(self, tiny_models, photo):
-        import copy
-
-        model = copy.deepcopy(tiny_models[1])
-        predictor = SamPredictor(model)
-        embedding = predictor.set_image(photo)
-        predictor.predict(embedding=embedding)
-        with torch.no_grad():
-            model.image_encoder.pos_embed.add_(0.1)
-        with pytest.raises(ValueError, match="another model"):
-            predictor.predict(embedding=embedding)
-
-    @pytest.mark.parametrize("damage", ["truncated", "text", "other safetensors"])
-    def test_damaged_file(self, predictors, photo, tmp_path, damage):
-        from safetensors.torch import save_file
-
-        path = tmp_path / "image.safetensors"
-        predictors[1].set_image(photo).save(path)
-        if damage == "truncated":
-            path.write_bytes(path.read_bytes()[:100])
-        elif damage == "text":
-            path.write_text("not an embedding")
-        else:
-            save_file({"x": torch.ones(1)}, str(path))
-        with pytest.raises(ValueError, match=r"image\.safetensors"):
-            ImageEmbedding.load(path)
-
-    def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            ImageEmbedding.load(tmp_path / "none.safetensors")
 
 
 def test_batch_equals_one_by_one(predictors, photo):

@@ -143,17 +143,17 @@ class PositionEmbeddingRandom(nn.Module):
         y = (torch.arange(h, device=matrix.device, dtype=_compute_dtype(matrix)) + 0.5) / h
         x = (torch.arange(w, device=matrix.device, dtype=_compute_dtype(matrix)) + 0.5) / w
         positions = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
-        return self._encode(positions).permute(2, 0, 1)
+        return self._pe_encoding(positions).permute(2, 0, 1)
 
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Encode points [N, K, 2], (x, y) in pixels of an image of `image_size` (H, W): [N, K, C]."""
         height, width = image_size
         # Divide in the precision of the coordinates (float64 in automatic mask generation), only then round.
         positions = torch.stack([coords_input[..., 0] / width, coords_input[..., 1] / height], dim=-1)
-        return self._encode(positions)
+        return self._pe_encoding(positions)
 
-    def _encode(self, positions: Tensor) -> Tensor:
-        """Encode positions [..., 2] in [0, 1]^2: [..., C]."""
+    def _pe_encoding(self, positions: Tensor) -> Tensor:
+        """Encode positions [..., 2] in [0, 1]^2: [..., C]. Exporters of others call it by this name."""
         matrix = self.positional_encoding_gaussian_matrix
         dtype = _compute_dtype(matrix)
         phases = 2 * math.pi * ((2 * positions.to(dtype) - 1) @ matrix.to(dtype))

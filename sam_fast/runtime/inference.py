@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
 from sam_fast.modeling import Sam
@@ -38,8 +39,13 @@ class InferenceRuntime:
         """
         Args:
             model: the Sam to run; its weights are read at every call, so they may change in between.
-            precision: auto, fp32, bf16 or fp16 (see `resolve_precision`).
+            precision: auto, fp32, bf16 or fp16 (see `resolve_precision`). A model that was converted (`half()`,
+                `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is narrower.
             backend: which implementation of the operations runs: auto, native or torch.
+
+        Raises:
+            ValueError: unknown precision or backend.
+            RuntimeError: the device cannot run that precision.
         """
         self.model = model
         self.precision = precision
@@ -50,9 +56,14 @@ class InferenceRuntime:
 
     def _autocast(self) -> AbstractContextManager:
         dtype = resolve_precision(self.precision, self.model.device)
-        if dtype == torch.float32:
+        weights = _weight_dtype(self.model.mask_decoder)
+        if self.precision == "auto" and weights != torch.float32:
             return nullcontext()
-        return torch.autocast(self.model.device.type, dtype)
+        if dtype != torch.float32:
+            return torch.autocast(self.model.device.type, dtype)
+        if weights.itemsize < dtype.itemsize:
+            raise RuntimeError(f"precision 'fp32' needs float32 weights, got {weights}; use 'auto' or model.float()")
+        return nullcontext()
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, original_sizes: list[tuple[int, int]]) -> list[ImageEmbedding]:
@@ -65,7 +76,8 @@ class InferenceRuntime:
         fingerprint = model_fingerprint(self.model.image_encoder)
         input_size = (images.shape[-2], images.shape[-1])
         with self._autocast():
-            features = self.model.image_encoder(self.model.preprocess(images)).float().contiguous()
+            pixels = self.model.preprocess(images).to(_weight_dtype(self.model.image_encoder))
+            features = self.model.image_encoder(pixels).float().contiguous()
         return [
             ImageEmbedding(
                 features[i : i + 1],
@@ -81,7 +93,14 @@ class InferenceRuntime:
     def adopt(
         self, features: torch.Tensor, original_size: tuple[int, int], input_size: tuple[int, int]
     ) -> ImageEmbedding:
-        """Wrap features [1, C, s, s] that the caller vouches for as an embedding of this model."""
+        """Wrap features [1, C, s, s] that the caller vouches for as an embedding of this model.
+
+        Raises:
+            ValueError: the features have another shape.
+        """
+        expected = (1, self.model.prompt_encoder.embed_dim, *self.model.prompt_encoder.image_embedding_size)
+        if tuple(features.shape) != expected:
+            raise ValueError(f"features of this model must be {list(expected)}, got {list(features.shape)}")
         return ImageEmbedding(
             features,
             (int(original_size[0]), int(original_size[1])),
@@ -119,17 +138,20 @@ class InferenceRuntime:
         M is 3 with `multimask_output`, otherwise 1.
         """
         embedding.wait()
-        points = None if prompts.points is None else (prompts.points, prompts.labels)
         model = self.model
+        dtype = _weight_dtype(model.mask_decoder)
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        masks = None if prompts.masks is None else prompts.masks.to(dtype)
+        extra_tokens = None if prompts.extra_tokens is None else prompts.extra_tokens.to(dtype)
         with self._autocast():
-            sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=prompts.masks)
+            sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks)
             low_res, iou = model.mask_decoder(
-                image_embeddings=embedding.features,
+                image_embeddings=embedding.features.to(dtype),
                 image_pe=model.prompt_encoder.get_dense_pe(),
                 sparse_prompt_embeddings=sparse,
                 dense_prompt_embeddings=dense,
                 multimask_output=multimask_output,
-                extra_tokens=prompts.extra_tokens,
+                extra_tokens=extra_tokens,
             )
         return low_res.float(), iou.float()
 
@@ -158,3 +180,8 @@ class InferenceRuntime:
         return resize_logits(
             low_res, embedding.input_size, embedding.original_size, embedding.image_size, backend=self.backend
         )
+
+
+def _weight_dtype(stage: nn.Module) -> torch.dtype:
+    """The number format of a stage's weights; float32 if it has none."""
+    return next((p.dtype for p in stage.parameters() if p.is_floating_point()), torch.float32)

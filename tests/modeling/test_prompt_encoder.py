@@ -48,6 +48,14 @@ def test_dense_positional_encoding_equals_official(official_tiny, tiny):
     assert relative_error(tiny.prompt_encoder.get_dense_pe(), official_tiny.prompt_encoder.get_dense_pe()) <= 1e-6
 
 
+def test_encoding_under_the_name_that_exporters_call(official_tiny, tiny):
+    """Tools that write ONNX files bring a `SamOnnxModel` of their own, which reaches for this method."""
+    positions = POINTS / 256
+    expected = official_tiny.prompt_encoder.pe_layer._pe_encoding(positions)
+    # phases of up to a hundred, in float32
+    torch.testing.assert_close(tiny.prompt_encoder.pe_layer._pe_encoding(positions), expected, rtol=0, atol=1e-4)
+
+
 @torch.no_grad()
 def test_half_precision_keeps_point_positions(tiny):
     """In bfloat16 coordinates near 250 would be rounded by a pixel, and the encoding would be another."""
