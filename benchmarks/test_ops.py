@@ -1,4 +1,4 @@
-"""Micro-benchmarks of the integer operations against their references and the libraries they replace.
+"""Micro-benchmarks of the operations against their references and the libraries they replace.
 
 Run with `python -m pytest benchmarks/test_ops.py --benchmark-only`. Each group is one task on the same input; the
 results of its contenders are compared before they are timed.
@@ -10,9 +10,11 @@ import pytest
 import torch
 from pycocotools import mask as coco
 
+from benchmarks.postprocess import IMAGE_SIZE, input_size, make_logits
 from sam_fast.ops.connected_components import remove_small_regions
 from sam_fast.ops.nms import nms
 from sam_fast.ops.packed_masks import pack_masks, unpack_masks
+from sam_fast.ops.postprocess_masks import postprocess_masks, resize_logits
 from sam_fast.ops.rle import compress_counts, decode_rle, decompress_counts, encode_coco_rle, encode_rle
 
 N, HEIGHT, WIDTH = 3, 1200, 1800  # the masks of one prompt on a photo
@@ -39,6 +41,25 @@ def boxes() -> tuple[torch.Tensor, torch.Tensor]:
     centre = torch.rand(3072, 2, generator=generator) * 1000
     size = torch.rand(3072, 2, generator=generator) * 500 + 10
     return torch.cat([centre - size / 2, centre + size / 2], dim=1), torch.rand(3072, generator=generator)
+
+
+@pytest.mark.benchmark(group="postprocess_masks")
+@pytest.mark.parametrize("contender", ["native", "torch"])
+@pytest.mark.parametrize("return_bits", [True, False], ids=["bits", "no bits"])
+def test_postprocess_masks(benchmark, return_bits, contender):
+    logits = make_logits("blurred", N)
+    sizes = (input_size(HEIGHT, WIDTH), (HEIGHT, WIDTH), IMAGE_SIZE)
+    out = benchmark(lambda: postprocess_masks(logits, *sizes, return_bits=return_bits, backend=contender))
+    assert torch.equal(out.area, postprocess_masks(logits, *sizes, backend="torch").area)
+
+
+@pytest.mark.benchmark(group="resize_logits")
+@pytest.mark.parametrize("contender", ["native", "torch"])
+def test_resize_logits(benchmark, contender):
+    logits = make_logits("blurred", N)
+    sizes = (input_size(HEIGHT, WIDTH), (HEIGHT, WIDTH), IMAGE_SIZE)
+    image = benchmark(lambda: resize_logits(logits, *sizes, backend=contender))
+    torch.testing.assert_close(image, resize_logits(logits, *sizes, backend="torch"))
 
 
 def coco_encode(masks: torch.Tensor) -> list[dict]:
