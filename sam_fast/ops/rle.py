@@ -50,9 +50,10 @@ def encode_rle(
     """
     counts, offsets = encode_runs(bits, width, canvas_size=canvas_size, offset=offset, backend=backend)
     size = canvas_size if canvas_size is not None else (bits.shape[1], width)
-    values, ends = counts.tolist(), offsets.tolist()
+    values = counts.cpu().numpy()  # lists of Python ints are made mask by mask: one list of all would be copied
     return [
-        {"size": [int(size[0]), int(size[1])], "counts": values[begin:end]} for begin, end in itertools.pairwise(ends)
+        {"size": [int(size[0]), int(size[1])], "counts": values[begin:end].tolist()}
+        for begin, end in itertools.pairwise(offsets.tolist())
     ]
 
 
