@@ -200,15 +200,11 @@ class SamAutomaticMaskGenerator:
         coords = self.predictor.transform.apply_coords(points, embedding.original_size)
         coords_torch = torch.as_tensor(coords, device=self.predictor.device)[:, None, :]
         labels = torch.ones(len(points), 1, dtype=torch.int, device=self.predictor.device)
-        low_res, iou = self.predictor.runtime.decode(embedding, Prompts(coords_torch, labels))
-
-        data = MaskData(
-            low_res=low_res.flatten(0, 1),
-            iou_preds=iou.flatten(0, 1),
-            points=torch.as_tensor(points.repeat(low_res.shape[1], axis=0)),
+        threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None
+        low_res, iou, prompt = self.predictor.runtime.decode_filtered(
+            embedding, Prompts(coords_torch, labels), threshold
         )
-        if self.pred_iou_thresh > 0.0:
-            data.filter(data["iou_preds"] > self.pred_iou_thresh)
+        data = MaskData(low_res=low_res, iou_preds=iou, points=torch.as_tensor(points)[prompt.cpu()])
         measured = self.predictor.runtime.postprocess(
             embedding, data["low_res"], stability_offset=self.stability_score_offset, return_bits=False
         )

@@ -182,14 +182,14 @@ def test_out_of_memory_halves_the_batch(tiny_models, image, monkeypatch):
     generator = generators(tiny_models)[1]
     expected = generator.generate(image)
     runtime = generator.predictor.runtime
-    decode = runtime.decode
+    decode = runtime.decode_filtered
 
     def decode_up_to_20(embedding, prompts, *args):
         if len(prompts.points) > 20:
             raise torch.OutOfMemoryError("no room")
         return decode(embedding, prompts, *args)
 
-    monkeypatch.setattr(runtime, "decode", decode_up_to_20)
+    monkeypatch.setattr(runtime, "decode_filtered", decode_up_to_20)
     with pytest.warns(UserWarning, match="out of memory with points_per_batch") as warned:
         assert_same_records(generator.generate(image), expected)
     assert len(warned) == 1  # for 64 -> 32 -> 16

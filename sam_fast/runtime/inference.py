@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -9,9 +10,13 @@ import torch
 from torch import nn
 
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
-from sam_fast.modeling import Sam
+from sam_fast.modeling import MaskDecoder, Sam
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
 from sam_fast.runtime.precision import resolve_precision
+
+# Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
+# in use at a time: on a CPU more prompts leave the cache and are slower each.
+_PROMPTS_AT_ONCE = {"cpu": 4}
 
 
 class Prompts(NamedTuple):
@@ -137,23 +142,58 @@ class InferenceRuntime:
 
         M is 3 with `multimask_output`, otherwise 1.
         """
+        with self._autocast():
+            parts = [
+                self.model.mask_decoder(*inputs, multimask_output=multimask_output)
+                for inputs in self._decoder_inputs(embedding, prompts)
+            ]
+        low_res, iou = (torch.cat(column) for column in zip(*parts, strict=True))
+        return low_res.float(), iou.float()
+
+    @torch.no_grad()
+    def decode_filtered(
+        self, embedding: ImageEmbedding, prompts: Prompts, iou_threshold: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Decode with multimask output, but only masks whose predicted IoU is above the threshold (None: all).
+
+        The IoU head reads tokens alone, so prompts without such a mask are never upscaled.
+
+        Returns:
+            logits [K, 4s, 4s], predicted IoUs [K], and the prompt of each mask [K] int64; ordered by prompt, then mask.
+        """
+        decoder = self.model.mask_decoder
+        if not isinstance(decoder, MaskDecoder):  # somebody's own decoder has no stages
+            low_res, iou = self.decode(embedding, prompts)
+            keep = _above(iou, iou_threshold)
+            return low_res[keep], iou[keep], keep.nonzero()[:, 0]
+        logits, scores = [], []
+        with self._autocast():
+            for inputs in self._decoder_inputs(embedding, prompts):
+                mask_tokens, image, iou = decoder.predict_tokens(*inputs)
+                scores.append(iou[:, 1:].float())
+                keep = _above(scores[-1], iou_threshold)
+                rows = keep.any(dim=1)
+                masks = decoder.masks_from(
+                    mask_tokens[rows], decoder.upscale(image[rows]), range(1, decoder.num_mask_tokens)
+                )
+                logits.append(masks[keep[rows]].float())
+        all_scores = torch.cat(scores)
+        keep = _above(all_scores, iou_threshold)
+        return torch.cat(logits), all_scores[keep], keep.nonzero()[:, 0]
+
+    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The mask decoder's image embedding, image PE, sparse and dense prompts, for a few prompts at a time."""
         embedding.wait()
         model = self.model
         dtype = _weight_dtype(model.mask_decoder)
         points = None if prompts.points is None else (prompts.points, prompts.labels)
         masks = None if prompts.masks is None else prompts.masks.to(dtype)
-        extra_tokens = None if prompts.extra_tokens is None else prompts.extra_tokens.to(dtype)
-        with self._autocast():
-            sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks)
-            low_res, iou = model.mask_decoder(
-                image_embeddings=embedding.features.to(dtype),
-                image_pe=model.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=multimask_output,
-                extra_tokens=extra_tokens,
-            )
-        return low_res.float(), iou.float()
+        extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
+        sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
+        features, pe = embedding.features.to(dtype), model.prompt_encoder.get_dense_pe()
+        step = _PROMPTS_AT_ONCE.get(features.device.type, max(1, len(sparse)))
+        for start in range(0, max(1, len(sparse)), step):
+            yield features, pe, sparse[start : start + step], dense if len(dense) == 1 else dense[start : start + step]
 
     def postprocess(
         self,
@@ -180,6 +220,10 @@ class InferenceRuntime:
         return resize_logits(
             low_res, embedding.input_size, embedding.original_size, embedding.image_size, backend=self.backend
         )
+
+
+def _above(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:
+    return torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
 
 
 def _weight_dtype(stage: nn.Module) -> torch.dtype:
