@@ -1,1 +1,1 @@
-"""Triton kernels of sam_fast, imported only when a CUDA device is going to run them."""
+"""Home of the Triton kernels, installed as `sam_fast.kernels`; this version has none yet."""

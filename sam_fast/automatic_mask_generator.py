@@ -36,8 +36,8 @@ from sam_fast.utils.amg import (
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-# Masks unpacked to full size at a time when small regions are removed.
-_REGION_BATCH = 32
+# Masks whose bits at full size exist at a time: memory is bounded by it, not by the number of masks found.
+_FULL_SIZE_BATCH = 32
 
 
 class SamAutomaticMaskGenerator:
@@ -167,9 +167,13 @@ class SamAutomaticMaskGenerator:
         keep = self._nms(data["boxes"], data["iou_preds"], self.box_nms_thresh)
         data.filter(keep)
 
-        bits = self.predictor.runtime.postprocess(embedding, _select(low_res, keep, embedding)).bits
-        assert bits is not None
-        data["rles"] = encode_rle(bits, x1 - x0, canvas_size=(height, width), offset=(x0, y0), backend=self._backend)
+        data["rles"] = []
+        for rows in keep.split(_FULL_SIZE_BATCH):
+            bits = self.predictor.runtime.postprocess(embedding, _select(low_res, rows, embedding)).bits
+            assert bits is not None
+            data["rles"] += encode_rle(
+                bits, x1 - x0, canvas_size=(height, width), offset=(x0, y0), backend=self._backend
+            )
         data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
         data["points"] = uncrop_points(data["points"], crop_box)
         data["crop_boxes"] = torch.tensor(crop_box, device=data["boxes"].device).expand(len(keep), 4)
@@ -238,8 +242,8 @@ class SamAutomaticMaskGenerator:
         rles = list(mask_data["rles"])
         boxes = torch.as_tensor(mask_data["boxes"]).clone()
         unchanged = torch.ones(len(rles))
-        for start in range(0, len(rles), _REGION_BATCH):
-            chunk = rles[start : start + _REGION_BATCH]
+        for start in range(0, len(rles), _FULL_SIZE_BATCH):
+            chunk = rles[start : start + _FULL_SIZE_BATCH]
             width = chunk[0]["size"][1]
             bits, filled = remove_small_regions(decode_rle(chunk), width, min_area, "holes")
             bits, cleared = remove_small_regions(bits, width, min_area, "islands")

@@ -146,9 +146,9 @@ _fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int],
 def model_fingerprint(encoder: nn.Module) -> str:
     """Return a short hash of an image encoder's weights.
 
-    It covers every tensor's name, shape and 16 evenly spaced values in float32, so that two trainings do not share it
-    and it costs milliseconds. It is remembered until a parameter is replaced or changed in place. `torch.compile` does
-    not change it.
+    It covers every tensor's name, shape and about 16 evenly spaced values in float32: it tells trainings apart in
+    milliseconds, and does not notice an edit of single values between those. It is remembered until a parameter is
+    replaced or changed in place. `torch.compile` does not change it.
     """
     weights = _named_weights(encoder)
     key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in weights)

@@ -196,6 +196,22 @@ def test_out_of_memory_halves_the_batch(tiny_models, image, monkeypatch):
     assert generator.points_per_batch == 64
 
 
+def test_bits_of_few_masks_exist_at_a_time(tiny_models, image, monkeypatch):
+    generator = generators(tiny_models, pred_iou_thresh=0.0, stability_score_thresh=0.0, box_nms_thresh=1.0)[1]
+    postprocess = generator.predictor.runtime.postprocess
+    at_full_size = []
+
+    def watched(embedding, low_res, **settings):
+        if settings.get("return_bits", True):
+            at_full_size.append(len(low_res))
+        return postprocess(embedding, low_res, **settings)
+
+    monkeypatch.setattr(generator.predictor.runtime, "postprocess", watched)
+    records = generator.generate(image)
+    assert len(records) == sum(at_full_size) > 100
+    assert max(at_full_size) <= 32
+
+
 def test_backends_agree(tiny_models, image):
     theirs = generators(tiny_models, min_mask_region_area=30)[1]
     ours = SamAutomaticMaskGenerator(tiny_models[1], **BASE, min_mask_region_area=30, backend="torch")

@@ -71,7 +71,7 @@ def choose_device(requested: str | None) -> str:
 
 
 def load_model(model_type: str, checkpoint: Path | None, device: str) -> Sam:
-    """Build a model of the registry in eval mode on `device`; without a checkpoint its weights are uninitialised noise.
+    """Build a model of the registry in eval mode on `device`; without a checkpoint its weights are random.
 
     Raises:
         ValueError: the registry has no such model, or the checkpoint does not fit it.
