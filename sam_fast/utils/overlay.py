@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sam_fast.preprocess import ImageLike, read_image
+from sam_fast.utils.amg import rle_to_mask
 
 _GOLDEN_ANGLE = 137.50776  # degrees; successive multiples never come close to one another
 _FOREGROUND, _BACKGROUND, _BOX = (48, 209, 88), (255, 69, 58), (255, 214, 10)
@@ -157,13 +158,7 @@ def _largest_first(masks: Any, height: int, width: int) -> Iterator[np.ndarray]:
 def _decoded(segmentation: Any) -> np.ndarray:
     if not isinstance(segmentation, Mapping):
         return np.asarray(segmentation) != 0
-    from sam_fast.ops.rle import decompress_counts
-    from sam_fast.utils.amg import rle_to_mask
-
-    counts = segmentation["counts"]
-    if isinstance(counts, (str, bytes)):
-        counts = decompress_counts(counts)
-    return rle_to_mask({"size": segmentation["size"], "counts": counts})
+    return rle_to_mask(dict(segmentation))
 
 
 def _eroded(mask: np.ndarray, window: tuple[slice, slice], radius: int) -> np.ndarray:
