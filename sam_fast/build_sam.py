@@ -52,9 +52,14 @@ class SamConfig:
             raise ValueError(f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}")
 
 
+NANO = SamConfig(
+    embed_dim=256, depth=8, num_heads=4, global_attn_indexes=(3, 5, 7), image_size=512, window_size=8
+)
 VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 VIT_L = SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 VIT_H = SamConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
+
+model_configs: dict[str, SamConfig] = {"nano": NANO, "vit_b": VIT_B, "vit_l": VIT_L, "vit_h": VIT_H}
 
 
 def build_sam_from_config(config: SamConfig, checkpoint: str | os.PathLike[str] | None = None) -> Sam:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_fast.modeling.layers import LayerNorm2d, MLPBlock
+from sam_fast.modeling.layers import DropPath, LayerNorm2d, MLPBlock
 
 
 class ImageEncoderViT(nn.Module):
@@ -150,11 +150,12 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias, use_rel_pos, rel_pos_zero_init, attended)
         self.norm2 = norm_layer(dim)
         self.mlp = MLPBlock(dim, int(dim * mlp_ratio), act_layer)
+        self.drop_path = DropPath()  # training sets its rate
         self.window_size = window_size
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attend(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor) -> Tensor:
         if self.window_size == 0:

@@ -52,3 +52,24 @@ class MLP(nn.Module):
             x = F.relu(layer(x))
         x = self.layers[-1](x)
         return x.sigmoid() if self.sigmoid_output else x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, leaves a residual branch [B, ...] out of a sample with probability `rate`.
+
+    Kept branches are divided by 1 - rate, so that their expectation stays. Source: Huang et al., "Deep Networks with
+    Stochastic Depth", 2016.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return branch
+        kept = torch.rand(len(branch), *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
+        return branch * kept / (1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
