@@ -1,0 +1,1 @@
+"""Sources of training and evaluation data: procedural scenes, SA-1B, COCO, folders of masks."""

@@ -1,0 +1,1 @@
+"""Learning SAM: losses, interactive prompts, MAE pre-training, and the trainer."""

@@ -1,0 +1,180 @@
+"""From samples to the batches of a training step.
+
+A batch is a function of (seed, step, rank) alone: whatever the number of loader processes, and wherever training was
+interrupted, step n sees the same images, augmentations, objects and first prompts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sam_fast.data.sample import Sample, SampleSource
+from sam_fast.training.prompts import noised_box, random_point
+
+_ATTEMPTS = 20  # samples tried for one place of a batch: some have no object
+_CANDIDATES = 4  # masks decoded per prompt: more than one, since small ones vanish at the resolution of the logits
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """B images with K objects each.
+
+    Attributes:
+        images: uint8 [B, 3, S, S], zeros in the padding (bottom and right).
+        sizes: int64 [B, 2], (h, w) of the images without padding.
+        targets: bool [B, K, S/4, S/4].
+        points: float32 [B, K, 2], a foreground pixel of each object, (x, y) in pixels of the model input.
+        boxes: float32 [B, K, 4], its noised box, XYXY in the same frame.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    targets: Tensor
+    points: Tensor
+    boxes: Tensor
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        """The same batch on another device."""
+        return TrainingBatch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> TrainingBatch:
+        """The same batch in pinned memory; DataLoader calls it."""
+        return TrainingBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a sample.
+
+    Attributes:
+        flip: mirror every second image.
+        jitter: range of the factor by which the image is scaled before it is cut or padded to the model's side
+            (large-scale jitter: Ghiasi et al., "Simple Copy-Paste", 2021); (1, 1) keeps the image whole.
+    """
+
+    flip: bool = False
+    jitter: tuple[float, float] = (1.0, 1.0)
+
+
+class TrainingBatches(Dataset[TrainingBatch]):
+    """Batch `index` of one of `world_size` processes, as a map-style dataset.
+
+    Args:
+        source: where samples come from; it is run through in a new random order each time.
+        side: S, side of the model input.
+        batch_size: B, images.
+        prompts: K, objects per image; an image with fewer objects repeats them with other prompts.
+        seed: of everything random.
+        rank, world_size: this process, and how many there are; their batches share no sample.
+        length: how many batches there are.
+        augmentation: random changes.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        *,
+        side: int,
+        batch_size: int,
+        prompts: int,
+        seed: int,
+        length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        if len(source) == 0:
+            raise ValueError("there are no samples to train on")
+        self.source = source
+        self.side = side
+        self.batch_size = batch_size
+        self.prompts = prompts
+        self.seed = seed
+        self.length = length
+        self.rank = rank
+        self.world_size = world_size
+        self.augmentation = augmentation or Augmentation()
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> TrainingBatch:
+        first = (index * self.world_size + self.rank) * self.batch_size
+        items = [self._item(first + place) for place in range(self.batch_size)]
+        return TrainingBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*items, strict=True)))
+
+    def _item(self, position: int) -> tuple[np.ndarray, ...]:
+        """The fields of one image of a batch; a sample without a usable object is replaced by another."""
+        rng = np.random.default_rng((self.seed, 1, position))
+        index = self._sample_index(position)
+        for _ in range(_ATTEMPTS):
+            sample = self.source.load(index, max_masks=_CANDIDATES * self.prompts, rng=rng)
+            item = prepare(sample, self.side, self.prompts, self.augmentation, rng)
+            if item is not None:
+                return item
+            index = int(rng.integers(len(self.source)))
+        raise ValueError(f"no object in {_ATTEMPTS} samples drawn at random: is this data for training?")
+
+    def _sample_index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.source))
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.source))
+        return int(self._order[1][place])
+
+
+def prepare(
+    sample: Sample, side: int, prompts: int, augmentation: Augmentation, rng: np.random.Generator
+) -> tuple[np.ndarray, ...] | None:
+    """One image of a batch: image, size, targets, points, boxes as in `TrainingBatch` without B.
+
+    Returns:
+        None if no object of the sample covers a pixel at the resolution of the logits.
+    """
+    image, masks = sample.image, sample.masks
+    if augmentation.flip and rng.random() < 0.5:
+        image, masks = image[:, ::-1], masks[:, :, ::-1]
+    image, masks = _fit(image, masks, side, rng.uniform(*augmentation.jitter), rng)
+    height, width = image.shape[:2]
+    padded = np.zeros((len(masks), side, side), bool)
+    padded[:, :height, :width] = masks
+    targets = low_resolution(padded)
+    usable = np.flatnonzero(targets.any((1, 2)))
+    if len(usable) == 0:
+        return None
+    rounds = -(-prompts // len(usable))
+    chosen = np.concatenate([rng.permutation(usable) for _ in range(rounds)])[:prompts]
+    pixels = np.zeros((3, side, side), np.uint8)
+    pixels[:, :height, :width] = image.transpose(2, 0, 1)
+    points = np.stack([random_point(padded[i], rng) for i in chosen])
+    boxes = np.stack([noised_box(padded[i], side, rng) for i in chosen])
+    return pixels, np.array([height, width]), targets[chosen], points, boxes
+
+
+def low_resolution(masks: np.ndarray) -> np.ndarray:
+    """Masks bool [N, S, S] at the resolution of the logits, [N, S/4, S/4]: set where at least half of the pixels are."""
+    N, H, W = masks.shape
+    return masks.reshape(N, H // 4, 4, W // 4, 4).sum((2, 4), dtype=np.uint8) >= 8
+
+
+def _fit(
+    image: np.ndarray, masks: np.ndarray, side: int, factor: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Resize so that the longest side is `factor` * `side`, then cut a random window of at most `side` squared."""
+    height, width = image.shape[:2]
+    scale = factor * side / max(height, width)
+    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
+    if (new_height, new_width) != (height, width):
+        size = (new_width, new_height)
+        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
+        masks = np.stack(resized) if resized else np.zeros((0, new_height, new_width), bool)
+    y = int(rng.integers(max(new_height - side, 0) + 1))
+    x = int(rng.integers(max(new_width - side, 0) + 1))
+    return image[y : y + side, x : x + side], masks[:, y : y + side, x : x + side]

@@ -1,0 +1,88 @@
+"""Everything that fixes a training run but its data and its model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; the defaults are the paper's where it states them.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: images per process and backward pass.
+        accumulate: backward passes per step.
+        prompts: objects per image.
+        clicks: corrections per object after its first prompt.
+        refined: objects per image that are corrected; None is all of them.
+        box_share: share of first prompts that are boxes.
+        lr: peak learning rate of AdamW.
+        schedule: cosine, linear, step or constant; see `optim.learning_rate`.
+        warmup: steps of linear warm-up.
+        weight_decay: of AdamW.
+        betas: of AdamW.
+        layer_decay: factor of the learning rate from each block of the encoder to the one before it.
+        drop_path: rate of the last block.
+        clip: limit of the gradient's norm; 0 for none.
+        ema: decay of the moving average of the weights, which is what is exported; 0 exports the weights themselves.
+        loss_blend: steps over which the loss passes from cross entropy to focal, for training from nothing; 0 for none.
+        precision: fp32, or bf16 for autocast.
+        freeze_encoder: leave the image encoder as it is.
+        flip: mirror images at random.
+        jitter: range of random scaling; see `batches.Augmentation`.
+        seed: of everything random.
+        save_every: steps between checkpoints.
+        log_every: steps between rows of the log.
+        picture_every: steps between pictures; 0 for none.
+        workers: processes that prepare batches; 0 prepares them in the training process.
+    """
+
+    steps: int
+    batch_size: int = 1
+    accumulate: int = 1
+    prompts: int = 64
+    clicks: int = 8
+    refined: int | None = None
+    box_share: float = 0.5
+    lr: float = 8e-4
+    schedule: str = "step"
+    warmup: int = 250
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.8
+    drop_path: float = 0.4
+    clip: float = 1.0
+    ema: float = 0.999
+    loss_blend: int = 0
+    precision: str = "fp32"
+    freeze_encoder: bool = False
+    flip: bool = True
+    jitter: tuple[float, float] = (1.0, 1.0)
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 10
+    picture_every: int = 500
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "jitter", tuple(self.jitter))
+        positive = ("steps", "batch_size", "accumulate", "prompts", "save_every", "log_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.refined is not None and self.refined < 1:
+            raise ValueError(f"refined must be at least 1, or None for all, got {self.refined}")
+        if self.precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
+        for name in ("box_share", "drop_path", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if not 0 < self.jitter[0] <= self.jitter[1]:
+            raise ValueError(f"jitter must be an ascending range of positive factors, got {self.jitter}")
+        if self.schedule not in ("cosine", "linear", "step", "constant"):
+            raise ValueError(f"schedule must be cosine, linear, step or constant, got {self.schedule!r}")
