@@ -1,0 +1,1 @@
+"""How good the masks are: clicks, boxes, automatic masks, on any source of data."""
