@@ -27,11 +27,14 @@ from torch.nn import functional as F
 from sam_fast.checkpoints import checkpoint_file, read_state_dict
 from sam_fast.modeling import Sam
 from sam_fast.modeling.image_encoder import Block, ImageEncoderViT, resize_absolute_positions
+from sam_fast.training.initialise import sine_positions
 
 MAE_FORMAT = "sam_fast-mae"  # in the metadata of a checkpoint, under "format"
 
-_NORM_EPSILON = 1e-6  # of a patch's variance, and of layer normalisations
+_EPSILON = 1e-6  # added to variances, of patches and of layer normalisations
 _NAMES_SHOWN = 5  # of weights that do not fit, in an error
+
+_layer_norm = functools.partial(nn.LayerNorm, eps=_EPSILON)
 
 
 class Reconstruction(NamedTuple):
@@ -58,8 +61,8 @@ class MaskedAutoencoder(nn.Module):
     model: there is no class token (SAM has none), and the encoder's positions are trained along.
 
     Args:
-        encoder: the encoder to train; its weights are used in place. `initialise_encoder` gives a new one its start.
-        decoder_dim: channels of a decoder token, a multiple of 4 and of `decoder_heads`.
+        encoder: the encoder to train; its weights are used in place. A new one needs `initialise_weights` first.
+        decoder_dim: channels of a decoder token, a multiple of `decoder_heads`.
         decoder_depth: number of decoder blocks.
         decoder_heads: attention heads per decoder block.
         mask_ratio: share of the patches that are masked; at least one patch is, and one is not.
@@ -70,44 +73,30 @@ class MaskedAutoencoder(nn.Module):
             channels does not fit.
     """
 
-    decoder_positions: Tensor
-
     def __init__(
         self,
         encoder: ImageEncoderViT,
-        decoder_dim: int = 256,
-        decoder_depth: int = 4,
-        decoder_heads: int = 8,
+        decoder_dim: int = 128,
+        decoder_depth: int = 2,
+        decoder_heads: int = 4,
         mask_ratio: float = 0.75,
         normalise_patches: bool = True,
     ) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, got {mask_ratio}")
-        self.encoder = encoder
         self.grid = encoder.img_size // encoder.patch_size
         if self.grid < 2:
             raise ValueError(f"an image of {encoder.img_size} px has one patch, nothing to predict it from")
         self.mask_ratio = mask_ratio
         self.normalise_patches = normalise_patches
-
         projection = encoder.patch_embed.proj
-        norm_layer = functools.partial(nn.LayerNorm, eps=_NORM_EPSILON)
-        self.encoder_norm = norm_layer(projection.out_channels)  # ViT ends with one, SAM's encoder does not
-        self.decoder_embed = nn.Linear(projection.out_channels, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.decoder_blocks = nn.ModuleList(
-            Block(decoder_dim, decoder_heads, norm_layer=norm_layer)  # type: ignore[arg-type]
-            for _ in range(decoder_depth)
+        pixels = encoder.patch_size**2 * projection.in_channels
+        self.encoder = encoder
+        self.norm = _layer_norm(projection.out_channels)  # ViT ends with one, SAM's encoder does not
+        self.decoder = PatchDecoder(
+            projection.out_channels, decoder_dim, decoder_depth, decoder_heads, self.grid, pixels
         )
-        self.decoder_norm = norm_layer(decoder_dim)
-        self.decoder_pred = nn.Linear(decoder_dim, encoder.patch_size**2 * projection.in_channels)
-        positions = sine_cosine_positions(self.grid, decoder_dim).flatten(1, 2)
-        self.register_buffer("decoder_positions", positions, persistent=False)
-
-        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
-            part.apply(_initialise_layer)
-        nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         """Mask patches at random, other ones in each image, and predict them.
@@ -124,7 +113,7 @@ class MaskedAutoencoder(nn.Module):
         """
         target = self.target(images)
         visible = self.draw_visible(images.shape[0], generator).to(images.device)
-        prediction = self.decode(self.encode(images, visible), visible).float()
+        prediction = self.decoder(self.encode(images, visible), visible).float()
         masked = torch.ones(target.shape[:2], dtype=torch.bool, device=images.device).scatter(1, visible, False)
         error = (prediction - target).square().mean(2)  # [B, P]
         return Reconstruction((error * masked).sum() / masked.sum(), prediction, masked)
@@ -145,17 +134,7 @@ class MaskedAutoencoder(nn.Module):
         for block in self.encoder.blocks:
             assert isinstance(block, Block)
             tokens = run_globally(block, tokens)
-        return self.encoder_norm(tokens)
-
-    def decode(self, tokens: Tensor, visible: Tensor) -> Tensor:
-        """Predict all patches, [B, P, patch * patch * 3], from the encoded visible ones [B, V, C]."""
-        tokens = self.decoder_embed(tokens)
-        everywhere = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], self.grid**2, -1)
-        tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens) + self.decoder_positions
-        for block in self.decoder_blocks:
-            assert isinstance(block, Block)
-            tokens = run_globally(block, tokens)
-        return self.decoder_pred(self.decoder_norm(tokens))
+        return self.norm(tokens)
 
     def target(self, images: Tensor) -> Tensor:
         """What is to be predicted, float32 [B, P, patch * patch * 3]; see `MaskedAutoencoder`.
@@ -207,6 +186,48 @@ class MaskedAutoencoder(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, self.grid * patch, self.grid * patch)
 
 
+class PatchDecoder(nn.Module):
+    """Predicts every patch of an image from the tokens of the visible ones: a narrow ViT, not used after pre-training.
+
+    Args:
+        encoder_dim: channels of the visible tokens.
+        dim: channels of the decoder's tokens, a multiple of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        grid: patches along a side of the image.
+        pixels: values per patch, patch * patch * 3.
+    """
+
+    positions: Tensor
+
+    def __init__(self, encoder_dim: int, dim: int, depth: int, num_heads: int, grid: int, pixels: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_buffer("positions", sine_positions(grid, grid, dim).flatten(0, 1)[None], persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, norm_layer=_layer_norm)  # type: ignore[arg-type]
+            for _ in range(depth)
+        )
+        self.norm = _layer_norm(dim)
+        self.predict = nn.Linear(dim, pixels)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Predict all patches, [B, P, pixels], from visible tokens [B, V, encoder_dim] and their places [B, V]."""
+        tokens = self.embed(tokens)
+        everywhere = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], self.positions.shape[1], -1)
+        tokens = everywhere.scatter(1, visible[..., None].expand_as(tokens), tokens) + self.positions
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            tokens = run_globally(block, tokens)
+        return self.predict(self.norm(tokens))
+
+
 def run_globally(block: Block, tokens: Tensor) -> Tensor:
     """Run a block over a set of tokens [B, V, C] of any places: all attend to all, without relative positions.
 
@@ -221,57 +242,24 @@ def run_globally(block: Block, tokens: Tensor) -> Tensor:
     return tokens + block.mlp(block.norm2(tokens))
 
 
-def initialise_encoder(encoder: ImageEncoderViT) -> None:
-    """Give a new encoder the start of the paper: uniform Xavier weights, biases of zero, sine-cosine positions."""
-    encoder.blocks.apply(_initialise_layer)
-    projection = encoder.patch_embed.proj
-    with torch.no_grad():
-        nn.init.xavier_uniform_(projection.weight.view(projection.out_channels, -1))
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
-        if encoder.pos_embed is not None:
-            encoder.pos_embed.copy_(sine_cosine_positions(encoder.pos_embed.shape[1], encoder.pos_embed.shape[3]))
-
-
-def sine_cosine_positions(grid: int, channels: int) -> Tensor:
-    """Fixed positions of a square grid of tokens, float32 [1, grid, grid, channels].
-
-    Quarters of the channels: sin xw, cos xw, sin yw, cos yw, with w = 10000^(-4i/channels), i = 0 .. channels/4 - 1.
-
-    Raises:
-        ValueError: `channels` is not a multiple of 4.
-    """
-    if channels % 4:
-        raise ValueError(f"sine-cosine positions need a multiple of 4 channels, got {channels}")
-    frequencies = 10000.0 ** (-torch.arange(channels // 4, dtype=torch.float64) * 4 / channels)
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # [grid, channels / 4]
-    waves = torch.cat([angles.sin(), angles.cos()], 1)
-    shape = (grid, grid, channels // 2)
-    return torch.cat([waves[None, :].expand(shape), waves[:, None].expand(shape)], 2)[None].float()
-
-
-def _initialise_layer(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def _patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean, and root of the unbiased variance + 1e-6, of each patch [B, P, D]: both [B, P, 1]."""
-    return patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + _NORM_EPSILON).sqrt()
+    return patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + _EPSILON).sqrt()
 
 
-def save_mae_checkpoint(encoder: ImageEncoderViT, path: str | os.PathLike[str]) -> None:
-    """Write what masked autoencoding has trained, under the encoder's own names: neck and relative positions stay out.
+def save_mae_checkpoint(encoder: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write what masked autoencoding has trained of an encoder; neck and relative positions stay out.
 
     The file is safetensors, its metadata say `format` = "sam_fast-mae"; it appears whole or not at all.
+
+    Args:
+        encoder: state dict of an `ImageEncoderViT`.
+        path: the file.
     """
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if _is_pretrained(name)}
+    state = {name: t.detach().float().cpu().contiguous() for name, t in encoder.items() if is_pretrained(name)}
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(state, part, {"format": MAE_FORMAT, "image_size": str(encoder.img_size)})
+    safetensors.torch.save_file(state, part, {"format": MAE_FORMAT})
     part.replace(path)
 
 
@@ -313,7 +301,7 @@ def initialise_from_mae(sam: Sam, path: str | os.PathLike[str]) -> None:
     state = read_state_dict(path)
     if _is_plain_vit(state):
         state = convert_plain_vit(state)
-    expected = {name: tensor for name, tensor in encoder.state_dict().items() if _is_pretrained(name)}
+    expected = {name: tensor for name, tensor in encoder.state_dict().items() if is_pretrained(name)}
     state = _resize_to(state, expected)
     wrong = [name for name, tensor in expected.items() if name not in state or state[name].shape != tensor.shape]
     wrong += [name for name in state if name not in expected]
@@ -353,7 +341,7 @@ def _is_plain_vit(names: Collection[str]) -> bool:
     return "patch_embed.proj.weight" in names and "blocks.0.mlp.fc1.weight" in names
 
 
-def _is_pretrained(name: str) -> bool:
+def is_pretrained(name: str) -> bool:
     """Whether masked autoencoding trains this weight of the encoder."""
     return not name.startswith("neck.") and ".rel_pos_" not in name
 

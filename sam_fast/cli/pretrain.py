@@ -1,0 +1,145 @@
+"""`sam-fast pretrain`: let a SAM's image encoder learn from pictures alone, as a masked autoencoder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sam_fast.cli.console import item_progress, out
+from sam_fast.cli.model import Device
+from sam_fast.cli.train import TrainPrecision, build_model
+
+_BATCH_OF_PAPER = 256  # images per step, for which the paper states its learning rate
+
+
+def pretrain(
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="A folder of images, to any depth, or what `train` takes; may be repeated."),
+    ],
+    output: Annotated[Path, typer.Option("--output", help="Folder of checkpoints and logs; a run in it goes on.")],
+    model_type: Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l or vit_h.")] = "vit_b",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Weights to start from (a SAM, or an MAE's encoder); random without it."),
+    ] = None,
+    image_size: Annotated[
+        int, typer.Option("--image-size", help="Side of the images; `train` interpolates positions to its own.")
+    ] = 224,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 100_000,
+    max_minutes: Annotated[
+        float | None, typer.Option("--max-minutes", help="Save and stop after so long; the same command goes on.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per process and backward pass.")] = 64,
+    accumulate: Annotated[int, typer.Option("--accumulate", help="Backward passes per step.")] = 1,
+    mask_ratio: Annotated[float, typer.Option("--mask-ratio", help="Share of the patches that are masked.")] = 0.75,
+    decoder_dim: Annotated[
+        int | None, typer.Option("--decoder-dim", help="Channels of the decoder.", show_default="half the encoder's")
+    ] = None,
+    decoder_depth: Annotated[int, typer.Option("--decoder-depth", help="Blocks of the decoder.")] = 2,
+    decoder_heads: Annotated[
+        int | None, typer.Option("--decoder-heads", help="Its attention heads.", show_default="the encoder's")
+    ] = None,
+    normalise: Annotated[
+        bool, typer.Option("--normalise/--pixels", help="Predict pixels normalised within each patch, or as they are.")
+    ] = True,
+    lr: Annotated[
+        float | None,
+        typer.Option("--lr", help="Peak learning rate.", show_default="1.5e-4 per 256 images of a step"),
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option("--warmup", help="Steps of linear warm-up.", show_default="5% of all")
+    ] = None,
+    weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.05,
+    clip: Annotated[float, typer.Option("--clip", help="Limit of the gradient's norm; 0 for none.")] = 0.0,
+    ema: Annotated[float, typer.Option("--ema", help="Decay of the average of the weights; 0 for none.")] = 0.0,
+    precision: Annotated[TrainPrecision, typer.Option("--precision")] = TrainPrecision.fp32,
+    crop: Annotated[
+        tuple[float, float], typer.Option("--crop", help="Range of the share of a picture that is cut out.")
+    ] = (0.2, 1.0),
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = True,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 500,
+    log_every: Annotated[int, typer.Option("--log-every", help="Steps between rows of metrics.csv.")] = 10,
+    picture_every: Annotated[int, typer.Option("--picture-every", help="Steps between pictures; 0: none.")] = 500,
+    workers: Annotated[int, typer.Option("--workers", help="Processes that prepare batches.")] = 2,
+    device: Device = None,
+) -> None:
+    """Let a SAM's image encoder learn from pictures alone, as a masked autoencoder.
+
+    The result, mae.safetensors, is what `sam-fast train --checkpoint` starts from. Several GPUs: `torchrun
+    --nproc-per-node 8 -m sam_fast pretrain ...`. An interrupted run goes on with the same command.
+    """
+    from sam_fast.build_sam import model_configs
+    from sam_fast.training.distributed import join_world
+    from sam_fast.training.pictures import open_pictures
+    from sam_fast.training.pretraining import WEIGHTS, PretrainConfig, Pretrainer
+
+    source = open_pictures(data)
+    with join_world(device) as world:
+        sam = build_model(model_type, image_size, checkpoint, seed).to(world.device)
+        architecture = model_configs[model_type]
+        config = PretrainConfig(
+            steps=steps,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            mask_ratio=mask_ratio,
+            decoder_dim=architecture.embed_dim // 2 if decoder_dim is None else decoder_dim,
+            decoder_depth=decoder_depth,
+            decoder_heads=architecture.num_heads if decoder_heads is None else decoder_heads,
+            normalise_patches=normalise,
+            lr=1.5e-4 * batch_size * accumulate * world.size / _BATCH_OF_PAPER if lr is None else lr,
+            warmup=steps // 20 if warmup is None else warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            ema=ema,
+            precision=precision.value,
+            crop=crop,
+            flip=flip,
+            seed=seed,
+            save_every=save_every,
+            log_every=log_every,
+            picture_every=picture_every,
+            workers=workers,
+        )
+        trainer = Pretrainer(sam, source, config, output, world)
+        with ExitStack() as stack:
+            if world.is_main:
+                trainer.report = stack.enter_context(_Progress(trainer.step, steps))
+            for number in (signal.SIGINT, signal.SIGTERM):
+                stack.callback(signal.signal, number, signal.signal(number, lambda *_: trainer.stop()))
+            done = trainer.run(max_minutes)
+        if world.is_main:
+            out().print(f"{done} of {steps} steps, {trainer.seconds / 60:.1f} minutes; {output / WEIGHTS}")
+            if done < steps:
+                out().print("the same command goes on")
+
+
+class _Progress:
+    """A bar over steps with the last row of the log; where there is no terminal, a line per row."""
+
+    def __init__(self, done: int, steps: int) -> None:
+        self._bar = item_progress()
+        self._task = self._bar.add_task("pre-training", total=steps, completed=done)
+
+    def __enter__(self) -> Callable[[int, Mapping[str, float] | None], None]:
+        self._bar.__enter__()
+        return self._show
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def _show(self, step: int, row: Mapping[str, float] | None) -> None:
+        self._bar.update(self._task, completed=step)
+        if row is None:
+            return
+        line = f"loss {row['loss']:.4f}  {row['images_per_second']:.1f} images/s"
+        if self._bar.disable:
+            out().print(f"step {step}  {line}")
+        else:
+            self._bar.update(self._task, description=line)
