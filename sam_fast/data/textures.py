@@ -1,0 +1,213 @@
+"""Textures of procedural scenes: crops of photos and noise, stripes, checks, dots and patches in random colours.
+
+Every texture is a scalar or RGB picture mapped through a random colour ramp. What is expensive (photos, noise with a
+natural spectrum) is made once per process and cut from; nothing depends on the order of calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ASSETS = Path(__file__).parents[1] / "assets"
+TRAINING_PHOTOS = ASSETS / "textures"
+HELD_OUT_PHOTOS = ASSETS / "photos"  # never a texture of a training scene
+
+_TILE = 512  # pixels of a noise tile's side, which wraps around
+_REFERENCE = 256  # texture scales are in pixels of a scene of this size
+_LEVELS = np.linspace(-1, 1, 256, dtype=np.float32)[:, None]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The pictures that textures are cut from.
+
+    Attributes:
+        photos: RGB and gray (mode L) photos.
+        colors: [C, 3] float32, colours that occur in the RGB photos.
+        noise: gray tiles whose spectra fall with different exponents, the smoothest first.
+        patches: gray tiles of flat patches.
+    """
+
+    photos: tuple[Image.Image, ...]
+    colors: np.ndarray
+    noise: tuple[Image.Image, ...]
+    patches: tuple[Image.Image, ...]
+
+
+@lru_cache(maxsize=2)
+def texture_bank(held_out: bool = False) -> Bank:
+    """The bank of training or of held-out scenes, made at the first call in a process."""
+    folder = HELD_OUT_PHOTOS if held_out else TRAINING_PHOTOS
+    photos = tuple(_read_photo(path) for path in sorted(folder.glob("*.jpg")))
+    small = [np.asarray(p.resize((24, 24), Image.Resampling.BOX)).reshape(-1, 3) for p in photos if p.mode == "RGB"]
+    rng = np.random.Generator(np.random.PCG64([int(held_out), 1]))
+    noise = tuple(_noise_tile(rng, exponent) for exponent in (2.2, 1.7, 1.3, 1.0, 0.6))
+    patches = tuple(_patch_tile(rng, cells) for cells in (40, 200)) + tuple(_bands_tile(tile) for tile in noise[:2])
+    colors = np.concatenate(small).astype(np.float32)
+    # The night sky and the rims of round pictures would make most scenes black.
+    return Bank(photos, colors[colors.max(1) > 45], noise, patches)
+
+
+def _read_photo(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        photo = file.convert("L") if file.mode == "L" else file.convert("RGB")
+    photo.thumbnail((_TILE, _TILE), Image.Resampling.LANCZOS)
+    return photo
+
+
+def _noise_tile(rng: np.random.Generator, exponent: float) -> Image.Image:
+    """Noise of amplitude 1/f^exponent, mean 128 and standard deviation about 50, that wraps around."""
+    frequency = np.hypot(np.fft.fftfreq(_TILE)[:, None], np.fft.rfftfreq(_TILE)[None]) * _TILE
+    spectrum = np.fft.rfft2(rng.standard_normal((_TILE, _TILE))) * np.maximum(frequency, 2.0) ** -exponent
+    spectrum[0, 0] = 0
+    values = np.fft.irfft2(spectrum, (_TILE, _TILE))
+    return Image.fromarray((128 + 50 * values / values.std()).clip(0, 255).astype(np.uint8))
+
+
+def _patch_tile(rng: np.random.Generator, cells: int) -> Image.Image:
+    """Voronoi cells of random gray, that wrap around."""
+    at = np.arange(_TILE // 2, dtype=np.float32)
+    best = np.full((_TILE // 2, _TILE // 2), np.inf, np.float32)
+    gray = np.zeros(best.shape, np.uint8)
+    for x, y, value in zip(*rng.uniform(0, _TILE // 2, (2, cells)), rng.integers(0, 256, cells), strict=True):
+        dx, dy = (np.minimum(np.abs(at - c), _TILE // 2 - np.abs(at - c)) for c in (x, y))
+        distance = dy[:, None] ** 2 + dx[None] ** 2
+        closer = distance < best
+        best[closer], gray[closer] = distance[closer], value
+    return Image.fromarray(gray).resize((_TILE, _TILE), Image.Resampling.BILINEAR)
+
+
+def _bands_tile(tile: Image.Image) -> Image.Image:
+    """Camouflage: noise in four levels."""
+    return tile.point([min(255, 85 * (max(0, value - 40) // 45)) for value in range(256)])
+
+
+def cut(rng: np.random.Generator, picture: Image.Image, width: int, height: int, size: int, zoom: float) -> Image.Image:
+    """A crop of a picture, turned and mirrored at random, to fill a window of an image of size x size pixels.
+
+    Args:
+        rng: draws place and orientation.
+        picture: any mode.
+        width, height: pixels of the window.
+        size: pixels of the image's side.
+        zoom: pixels of the picture per pixel of a 256-pixel image.
+    """
+    turn, x, y, spin = int(rng.integers(8)), rng.random(), rng.random(), rng.uniform(-1, 1)
+    scale = zoom * _REFERENCE / size
+    if turn & 1:
+        width, height = height, width
+    scale = min(scale, picture.width / width, picture.height / height)
+    across, down = width * scale, height * scale
+    left, top = x * (picture.width - across), y * (picture.height - down)
+    piece = picture.resize((width, height), Image.Resampling.BILINEAR, (left, top, left + across, top + down))
+    if turn & 1:
+        piece = piece.transpose(Image.Transpose.ROTATE_90)
+    if turn & 2:
+        piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if turn & 4 and spin > -0.4:
+        piece = piece.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    return piece
+
+
+def ramp(rng: np.random.Generator, color: np.ndarray, contrast: float) -> np.ndarray:
+    """A table [256, 3] float32 from dark to light around a colour (0..255), its hue drifting a little.
+
+    Args:
+        rng: draws the drift and, one time in four, turns the ramp round.
+        color: [3], the middle.
+        contrast: 0 flat, 1 from black to twice the colour.
+    """
+    signed = -contrast if rng.random() < 0.25 else contrast
+    slope = (color + rng.normal(20, 25, 3)) * signed
+    return color.astype(np.float32) + _LEVELS * slope.astype(np.float32)
+
+
+def _mapped(table: np.ndarray, gray: Image.Image) -> np.ndarray:
+    return table.take(np.asarray(gray), 0, mode="clip")  # without "clip" four times slower
+
+
+def _stripes(rng: np.random.Generator, width: int, height: int, size: int) -> np.ndarray:
+    """A periodic pattern [h, w] uint8: stripes, checks, dots, or stripes bent like wood."""
+    kind, angle = int(rng.integers(5)), rng.uniform(0, np.pi)
+    period = size * np.exp(rng.uniform(np.log(0.015), np.log(0.12)))
+    sharp, duty, phase, bend = rng.choice([1.0, 4.0, 20.0]), rng.uniform(-0.5, 0.5), rng.uniform(0, 7, 2), rng.random()
+    step = np.float32(2 * np.pi / period)
+    x = np.arange(width, dtype=np.float32)[None] * step
+    y = np.arange(height, dtype=np.float32)[:, None] * step
+    u = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)) + np.float32(phase[0])
+    if kind in (0, 1):  # stripes, bent stripes
+        if kind == 1:
+            u = u + np.float32(0.3 + 3 * bend) * np.sin(0.31 * y + np.float32(phase[1])) * np.cos(0.17 * x)
+        wave = np.sin(u)
+    else:  # checks, dots, grid
+        v = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle)) + np.float32(phase[1])
+        a, b = np.sin(u), np.sin(v)
+        wave = a * b if kind == 2 else (a + b) / 2 if kind == 3 else np.maximum(a, b)
+    return (127.5 + 127.5 * np.clip(np.float32(sharp) * (wave - np.float32(duty)), -1, 1)).astype(np.uint8)
+
+
+def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+    """A crop of a photo: colour photos as they are, or tinted; gray ones through a ramp."""
+    index, zoom = int(rng.integers(len(bank.photos))), np.exp(rng.uniform(np.log(0.3), np.log(2.2)))
+    tint, gain, contrast = rng.random(), rng.uniform(0.7, 1.3), rng.uniform(0.3, 1)
+    piece = cut(rng, bank.photos[index], shape[1], shape[0], size, zoom)
+    table = ramp(rng, color, contrast)
+    if piece.mode == "L" or tint < 0.35:
+        return _mapped(table, piece.convert("L"))
+    return np.asarray(piece) * np.float32(gain)
+
+
+def fill(
+    rng: np.random.Generator, bank: Bank, color: np.ndarray, width: int, height: int, size: int, *, calm: bool = False
+) -> np.ndarray:
+    """A random texture for a window of an image.
+
+    Args:
+        rng: draws everything; how often does not depend on the window.
+        bank: pictures to cut from.
+        color: [3], 0..255, around which the texture lies (colour photos ignore it).
+        width, height: pixels of the window.
+        size: pixels of the image's side.
+        calm: prefer smooth surfaces, as small parts and skies have them.
+
+    Returns:
+        [h, w, 3] float32, about 0..255, not clipped.
+    """
+    kind = rng.random() ** (1.6 if calm else 1.0)
+    contrast = rng.uniform(0.05, 0.25) if rng.random() < 0.6 else rng.uniform(0.25, 0.7)
+    noise, zoom = bank.noise[int(rng.integers(len(bank.noise)))], np.exp(rng.uniform(np.log(0.4), np.log(4)))
+    if kind < 0.19:  # a plain surface with faint mottle
+        table = ramp(rng, color, 0.02 + 0.2 * contrast)
+        return _mapped(table, cut(rng, noise, width, height, size, zoom))
+    if kind < 0.38:
+        return _mapped(ramp(rng, color, contrast), cut(rng, noise, width, height, size, zoom))
+    if kind < 0.46:  # two colours that change places slowly
+        other = bank.colors[int(rng.integers(len(bank.colors)))]
+        share = cut(rng, bank.noise[int(rng.integers(2))], width, height, size, zoom)
+        return _mapped(color + (other - color) * (_LEVELS + 1) / 2, share)
+    if kind < 0.78:
+        return _photo(rng, bank, color, (height, width), size)
+    if kind < 0.89:
+        pattern = ramp(rng, color, contrast).take(_stripes(rng, width, height, size), 0, mode="clip")
+        return pattern + (np.asarray(cut(rng, noise, width, height, size, zoom), np.float32)[..., None] - 128) * 0.15
+    patches = bank.patches[int(rng.integers(len(bank.patches)))]
+    return _mapped(ramp(rng, color, contrast), cut(rng, patches, width, height, size, zoom))
+
+
+def palette(rng: np.random.Generator, bank: Bank, count: int) -> np.ndarray:
+    """Colours [count, 3] float32, 0..255, of one scene: from a photo, of subdued or of vivid paint, or few hues of all shades."""
+    kind = rng.random()
+    if kind < 0.45:
+        colors = bank.colors[rng.integers(len(bank.colors), size=count)]
+        return (colors * rng.uniform(0.6, 1.4) + rng.normal(0, 12, (count, 3))).clip(5, 250).astype(np.float32)
+    hue = rng.random() + rng.uniform(0, 0.12 if kind > 0.8 else 1.0, count)
+    saturation = rng.beta(1.2, 3.0, count) if kind < 0.7 else rng.beta(3, 2, count)
+    value = rng.uniform(0.08, 1, count)
+    wheel = 0.5 + 0.5 * np.cos(2 * np.pi * (hue[:, None] + np.array([0, 1 / 3, 2 / 3])))
+    colors = 255 * value[:, None] * (1 - saturation[:, None] * (1 - wheel))
+    return colors.clip(5, 250).astype(np.float32)
