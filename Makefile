@@ -31,7 +31,7 @@ $(VENV)/.dependencies: constraints.txt | $(BIN)/python
 	touch $@
 
 $(STAMP): $(VENV)/.dependencies $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[onnx,test,dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[onnx,train,eval,test,dev]'
 	touch $@
 
 demo: setup

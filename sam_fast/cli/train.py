@@ -183,8 +183,8 @@ class _Progress:
         if row is None:
             return
         line = (
-            f"loss {row['loss']:.3f}  IoU {row['first_iou']:.3f}, best {row['best_iou']:.3f}, last {row['last_iou']:.3f}"
-            f"  {row['images_per_second']:.2f} images/s"
+            f"loss {row['loss']:.3f}  IoU {row['first_iou']:.3f}, best of 3 {row['best_iou']:.3f}, "
+            f"corrected {row['last_iou']:.3f}  {row['images_per_second']:.2f} images/s"
         )
         if self._bar.disable:
             out().print(f"step {step}  {line}")

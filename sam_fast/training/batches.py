@@ -158,7 +158,7 @@ def prepare(
 
 
 def low_resolution(masks: np.ndarray) -> np.ndarray:
-    """Masks bool [N, S, S] at the resolution of the logits, [N, S/4, S/4]: set where at least half of the pixels are."""
+    """Masks bool [N, S, S] at the resolution of the logits, [N, S/4, S/4]: set where half of the pixels are."""
     N, H, W = masks.shape
     return masks.reshape(N, H // 4, 4, W // 4, 4).sum((2, 4), dtype=np.uint8) >= 8
 

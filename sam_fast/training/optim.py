@@ -1,4 +1,4 @@
-"""What moves the weights: parameter groups with layer-wise decay, the learning rate, drop path, and the moving average."""
+"""What moves the weights: parameter groups with layer-wise decay, learning rate, drop path, moving average."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def learning_rate(step: int, *, base: float, warmup: int, steps: int, schedule: 
 
 
 def set_drop_path(encoder: ImageEncoderViT, rate: float) -> None:
-    """Give block i of n the drop rate i / (n - 1) * rate (Huang et al., "Deep Networks with Stochastic Depth", 2016)."""
+    """Give block i of n the drop rate i / (n - 1) * rate, see `modeling.layers.DropPath`."""
     last = max(1, len(encoder.blocks) - 1)
     for index, block in enumerate(encoder.blocks):
         assert isinstance(block, Block)

@@ -1,4 +1,4 @@
-"""One training step: encode the images once, prompt every object, correct its mask click by click, learn from each pass.
+"""One training step: encode images once, prompt every object, correct its mask click by click, learn from each pass.
 
 Source: Kirillov et al., "Segment Anything", 2023, appendix A, "Training algorithm".
 """

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sam_fast.modeling import MaskDecoder
+from sam_fast.modeling.layers import LayerNorm2d
 
 
 def masks_by_products(decoder: MaskDecoder, mask_tokens: Tensor, image: Tensor, chosen: range) -> Tensor:
     """What `decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)` returns, up to rounding.
 
-    A transposed convolution whose stride is its kernel's side makes the pixels of each 2 x 2 square from one input pixel
-    alone: it is a matrix product. Pixels stay rows of channels until the masks are there, so only those are rearranged.
+    A transposed convolution whose stride is its kernel's side makes each 2 x 2 square of pixels from one input pixel
+    alone: it is a matrix product. Pixels stay rows of channels up to the masks, and only those are rearranged.
 
     Args:
         decoder: with the official upscaling: transposed convolution, LayerNorm2d, GELU, transposed convolution, GELU.
@@ -28,6 +29,7 @@ def masks_by_products(decoder: MaskDecoder, mask_tokens: Tensor, image: Tensor, 
     first, norm, act, second, last_act = decoder.output_upscaling
     N, _, h, w = image.shape
     x = _fourfold(cast(nn.ConvTranspose2d, first), image.flatten(2).transpose(1, 2))  # [N, hw, 4, C/4]
+    norm = cast(LayerNorm2d, norm)
     x = act(nn.functional.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps))
     x = last_act(_fourfold(cast(nn.ConvTranspose2d, second), x.flatten(1, 2)))  # [N, 4hw, 4, C/8]
     classifiers = [decoder.output_hypernetworks_mlps[index](mask_tokens[:, index]) for index in chosen]

@@ -1,0 +1,128 @@
+"""Batches: determinism, frames, augmentation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from rectangles import Rectangles
+from torch.utils.data import DataLoader
+
+from sam_fast.data.sample import Sample
+from sam_fast.training.batches import Augmentation, TrainingBatch, TrainingBatches, low_resolution, prepare
+
+
+def make(source=None, **changes) -> TrainingBatches:
+    settings = dict(side=64, batch_size=2, prompts=4, seed=5, length=20)
+    return TrainingBatches(source or Rectangles(), **{**settings, **changes})
+
+
+def equal(first: TrainingBatch, second: TrainingBatch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+
+
+def test_shapes_and_kinds():
+    batch = make(Rectangles(height=48, width=64))[0]
+    assert batch.images.shape == (2, 3, 64, 64) and batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[48, 64]] * 2
+    assert batch.targets.shape == (2, 4, 16, 16) and batch.targets.dtype == torch.bool
+    assert batch.points.shape == (2, 4, 2) and batch.boxes.shape == (2, 4, 4)
+    assert batch.points.dtype == batch.boxes.dtype == torch.float32
+    assert not batch.images[:, :, 48:].any() and not batch.targets[:, :, 12:].any(), "padding is empty"
+
+
+def test_a_batch_depends_on_its_index_alone():
+    batches = make()
+    wanted = batches[7]
+    assert equal(wanted, make()[7]) and equal(wanted, batches[7])
+    assert not equal(wanted, batches[8])
+    assert not equal(wanted, make(seed=6)[7])
+    loaded = list(DataLoader(make(), batch_size=None, sampler=range(6, 9), num_workers=2))
+    assert equal(loaded[1], wanted), "and not on the process that makes it"
+
+
+def test_processes_share_no_sample_and_an_epoch_has_all():
+    seen = []
+
+    class Watched(Rectangles):
+        def load(self, index, **options):
+            seen.append(index)
+            return super().load(index, **options)
+
+    ranks = [make(Watched(12), rank=rank, world_size=3) for rank in range(3)]
+    for step in range(2):
+        for rank in ranks:
+            rank[step]
+    assert sorted(seen) == list(range(12))
+    first_epoch, seen = list(seen), []
+    for step in range(2, 4):
+        for rank in ranks:
+            rank[step]
+    assert sorted(seen) == list(range(12)) and seen != first_epoch, "every epoch has an order of its own"
+
+
+def test_points_lie_on_objects_and_boxes_around_them():
+    for batch in (make(prompts=6)[i] for i in range(5)):
+        for targets, points, boxes in zip(batch.targets, batch.points, batch.boxes, strict=True):
+            for target, (x, y), box in zip(targets, points.int().tolist(), boxes, strict=True):
+                near = target[max(0, y // 4 - 1) : y // 4 + 2, max(0, x // 4 - 1) : x // 4 + 2]
+                assert near.any()
+                rows, columns = target.any(1).nonzero()[:, 0], target.any(0).nonzero()[:, 0]
+                tight = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) * 4.0
+                assert (box - tight).abs().max() < 4 + 3, "noise is at most 20/1024 of the side"
+
+
+def test_objects_repeat_only_when_there_are_too_few():
+    source = Rectangles()
+    rng = np.random.default_rng(0)
+    *_, points, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)  # three objects
+    *_, targets, _, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)
+    assert len({target.tobytes() for target in targets}) == 3
+    *_, targets, points, _ = prepare(source.load(0), 64, 3, Augmentation(), rng)  # one object
+    assert len({target.tobytes() for target in targets}) == 1
+    assert len({tuple(point) for point in points}) > 1, "with other prompts"
+
+
+def test_low_resolution_is_the_majority():
+    masks = np.random.default_rng(0).random((3, 32, 32)) < 0.5
+    expected = torch.nn.functional.avg_pool2d(torch.from_numpy(masks)[:, None].double(), 4)[:, 0] >= 0.5
+    assert np.array_equal(low_resolution(masks), expected.numpy())
+
+
+def test_flip_moves_image_mask_and_prompts_together():
+    image = np.zeros((64, 64, 3), np.uint8)
+    mask = np.zeros((1, 64, 64), bool)
+    mask[0, 20:40, 4:16] = True
+    image[mask[0]] = 200
+    sides = set()
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        pixels, _, targets, points, boxes = prepare(Sample(image, mask, ""), 64, 1, Augmentation(flip=True), rng)
+        lit = pixels[0] > 0
+        assert np.array_equal(low_resolution(lit[None])[0], targets[0])
+        x, y = points[0].astype(int)
+        assert lit[y, x]
+        sides.add(bool(lit[:, :32].any()))
+        assert (boxes[0, 0] < 32) == lit[:, :32].any()
+    assert sides == {True, False}
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_jitter_scales_and_cuts(factor):
+    sample = Rectangles(height=40, width=80).load(2)
+    rng = np.random.default_rng(0)
+    prepared = prepare(sample, 64, 2, Augmentation(jitter=(factor, factor)), rng)
+    assert prepared is not None
+    assert prepared[1].tolist() == [min(64, 32 * factor), min(64, 64 * factor)]
+
+
+def test_samples_without_objects_are_replaced():
+    class Mostly(Rectangles):
+        def load(self, index, **options):
+            return super().load(index, **options) if index == 4 else Rectangles(empty=True).load(index)
+
+    assert make(Mostly())[0].targets.any((2, 3)).all()
+    with pytest.raises(ValueError, match="no object in 20 samples"):
+        make(Rectangles(empty=True))[0]
+    with pytest.raises(ValueError, match="no samples"):
+        make(Rectangles(0))

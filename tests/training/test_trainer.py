@@ -1,0 +1,251 @@
+"""The trainer: it learns, and an interrupted run ends with the same bits as an uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from rectangles import TINY, Rectangles, tiny_sam
+
+from sam_fast import SamConfig, SamPredictor, build_sam_from_config
+from sam_fast.data.sample import Sample
+from sam_fast.data.scenes import make_scene
+from sam_fast.training.config import TrainConfig
+from sam_fast.training.initialise import initialise_weights
+from sam_fast.training.trainer import CHECKPOINT, WEIGHTS, Trainer
+
+CONFIG = TrainConfig(
+    steps=6,
+    batch_size=2,
+    prompts=3,
+    clicks=1,
+    lr=1e-3,
+    schedule="cosine",
+    warmup=2,
+    drop_path=0.3,
+    ema=0.9,
+    loss_blend=4,
+    save_every=2,
+    log_every=1,
+    picture_every=4,
+    workers=0,
+)
+
+
+def train(output: Path, config: TrainConfig = CONFIG, source=None, **options) -> Trainer:
+    trainer = Trainer(tiny_sam(), source or Rectangles(), config, output)
+    trainer.run(**options)
+    return trainer
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / WEIGHTS)
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_is_bit_exact(tmp_path):
+    """A run that dies between two checkpoints, without a chance to save, and is started again."""
+    whole = train(tmp_path / "whole")
+
+    def die(step, row):
+        if step == 3:  # the last checkpoint is that of step 2
+            raise KeyboardInterrupt
+
+    dying = Trainer(tiny_sam(), Rectangles(), CONFIG, tmp_path / "killed")
+    dying.report = die
+    with pytest.raises(KeyboardInterrupt):
+        dying.run()
+    torch.manual_seed(12345)  # nothing may depend on what is left in global generators
+    resumed = Trainer(tiny_sam(seed=1), Rectangles(), replace(CONFIG, workers=1), tmp_path / "killed")
+    assert resumed.step == 2
+    resumed.run()
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+    def rows(folder):
+        with open(folder / "metrics.csv", newline="") as file:
+            return [(row["step"], row["loss"], row["gradient_norm"]) for row in csv.DictReader(file)]
+
+    assert [step for step, *_ in rows(tmp_path / "killed")] == list("123456"), "no row twice"
+    assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
+
+
+def test_a_killed_process_goes_on(tmp_path):
+    """SIGKILL at an arbitrary moment, through the command line."""
+    command = [sys.executable, "-m", "sam_fast", "train", "--data", "scenes:size=64", "--model-type", "nano"]
+    command += ["--image-size", "64", "--steps", "4", "--prompts", "2", "--clicks", "0", "--save-every", "1"]
+    command += ["--workers", "0", "--picture-every", "0", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = [*command, "--output", str(tmp_path / "killed"), "--log-every", "1"]
+    process = subprocess.Popen(killed, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            break
+    process.kill()
+    process.wait()
+    subprocess.run(killed, check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_overfits_one_scene(tmp_path):
+    """A small model learns one procedural scene by heart, and the predictor then finds every object in it."""
+    scene = make_scene(0, 3, size=128)
+    large = scene.masks.sum((1, 2)) >= 300
+    scene = Sample(scene.image, scene.masks[large], scene.name)
+    assert len(scene.masks) >= 5
+
+    class One:
+        def __len__(self):
+            return 1
+
+        def load(self, index, *, max_masks=None, rng=None):
+            return scene
+
+    torch.manual_seed(0)
+    model = build_sam_from_config(
+        SamConfig(embed_dim=64, depth=2, num_heads=2, global_attn_indexes=(0, 1), image_size=128, patch_size=8)
+    )
+    initialise_weights(model)
+    config = TrainConfig(
+        steps=160,
+        prompts=12,
+        clicks=0,
+        lr=1e-3,
+        schedule="cosine",
+        warmup=10,
+        layer_decay=1.0,
+        drop_path=0.0,
+        weight_decay=0.0,
+        ema=0.0,
+        loss_blend=120,
+        flip=False,
+        save_every=1000,
+        picture_every=0,
+        workers=0,
+    )
+    Trainer(model, One(), config, tmp_path).run()
+    predictor = SamPredictor(model.eval())
+    predictor.set_image(scene.image)
+    ious = []
+    for mask in scene.masks:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = np.array([columns[0], rows[0], columns[-1], rows[-1]])
+        predicted, scores, _ = predictor.predict(box=box)
+        best = predicted[scores.argmax()]
+        ious.append((best & mask).sum() / (best | mask).sum())
+    assert np.mean(ious) > 0.95, ious
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    """`torchrun` with gloo on the CPU; without corrections and drop path both see the same prompts."""
+    config = replace(CONFIG, steps=3, batch_size=2, clicks=0, drop_path=0.0, box_share=0.0, clip=0.0)
+    single = train(tmp_path / "single", config)
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from rectangles import Rectangles, tiny_sam\n"
+        "from sam_fast.training.config import TrainConfig\n"
+        "from sam_fast.training.distributed import join_world\n"
+        "from sam_fast.training.trainer import Trainer\n"
+        "with join_world('cpu') as world:\n"
+        "    assert world.size == 2\n"
+        f"    config = {replace(config, batch_size=1)!r}\n"
+        f"    Trainer(tiny_sam(seed=world.rank), Rectangles(), config, {str(tmp_path / 'two')!r}, world).run()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    both, one = weights(tmp_path / "two"), weights(tmp_path / "single")
+    start = tiny_sam().state_dict()
+    assert both.keys() == one.keys() == start.keys()
+    moved = max((one[name] - start[name]).abs().max().item() for name in one)
+    assert moved > 1e-3
+    # AdamW turns the rounding of a gradient near zero into a step of full size: compare the mean, not the maximum.
+    difference = sum((both[n] - one[n]).abs().sum() for n in one) / sum((one[n] - start[n]).abs().sum() for n in one)
+    assert difference < 0.02
+    state = torch.load(tmp_path / "two" / CHECKPOINT, weights_only=True)
+    assert state["world_size"] == 2 and state["step"] == 3
+    assert single.step == 3
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    config = replace(CONFIG, steps=2, batch_size=4, clicks=0, drop_path=0.0, box_share=0.0)
+    large = train(tmp_path / "large", config)
+    parts = train(tmp_path / "parts", replace(config, batch_size=1, accumulate=4))
+    start = tiny_sam().state_dict()
+    a, b = large.model.state_dict(), parts.model.state_dict()
+    difference = sum((a[n] - b[n]).abs().sum() for n in a) / sum((a[n] - start[n]).abs().sum() for n in a)
+    assert difference < 0.02
+
+
+def test_a_frozen_encoder_stays(tmp_path):
+    trainer = train(tmp_path, replace(CONFIG, freeze_encoder=True))
+    start = tiny_sam().state_dict()
+    for name, tensor in trainer.model.state_dict().items():
+        if name.startswith("image_encoder"):
+            assert torch.equal(tensor, start[name]), name
+    assert not torch.equal(trainer.model.mask_decoder.iou_token.weight, start["mask_decoder.iou_token.weight"])
+
+
+def test_logs_and_pictures(tmp_path):
+    train(tmp_path)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(float(row["images_per_second"]) > 0 and 0 <= float(row["best_iou"]) <= 1 for row in rows)
+    assert float(rows[0]["learning_rate"]) == pytest.approx(5e-4)
+    picture = Image.open(tmp_path / "pictures" / "step-0000004.jpg")
+    assert picture.size == (3 * TINY.image_size, 2 * TINY.image_size), "truth, by point, by box; one row per image"
+    assert list(tmp_path.glob("events.out.tfevents.*")), "tensorboard is in the test environment"
+
+
+def test_exported_weights_are_the_average(tmp_path):
+    trainer = train(tmp_path)
+    exported = weights(tmp_path)
+    assert same(exported, trainer.average.state_dict())
+    assert not same(exported, trainer.model.state_dict())
+    loaded = build_sam_from_config(TINY, tmp_path / WEIGHTS)
+    assert torch.equal(loaded.mask_decoder.iou_token.weight, exported["mask_decoder.iou_token.weight"])
+    from_checkpoint = build_sam_from_config(TINY, tmp_path / CHECKPOINT)
+    assert same(from_checkpoint.state_dict(), trainer.model.state_dict())
+
+
+def test_stop_and_time_limit_save(tmp_path):
+    trainer = Trainer(tiny_sam(), Rectangles(), replace(CONFIG, save_every=100), tmp_path)
+    trainer.report = lambda step, row: trainer.stop()
+    assert trainer.run() == 1
+    assert Trainer(tiny_sam(), Rectangles(), CONFIG, tmp_path).step == 1
+    assert train(tmp_path, max_minutes=0.0).step == 2
+    assert train(tmp_path).step == 6
+
+
+def test_another_run_is_not_continued_by_mistake(tmp_path):
+    train(tmp_path, replace(CONFIG, steps=2))
+    with pytest.raises(ValueError, match=r"lr 0\.001 there, 0\.002 now"):
+        Trainer(tiny_sam(), Rectangles(), replace(CONFIG, steps=2, lr=2e-3), tmp_path)
+    Trainer(tiny_sam(), Rectangles(), replace(CONFIG, steps=2, workers=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"clicks": -1}, {"precision": "fp8"}, {"jitter": (2.0, 1.0)}, {"schedule": "x"}, {"refined": 0}],
+)
+def test_bad_settings(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        TrainConfig(**{"steps": 1, **change})
