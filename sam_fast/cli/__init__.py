@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from sam_fast.cli import amg, demo, doctor, download, eval, export_onnx, predict, pretrain, train
+from sam_fast.cli import amg, convert, demo, doctor, download, eval, export_onnx, predict, pretrain, train
 from sam_fast.cli.console import report_error
 
 
@@ -61,6 +61,7 @@ app.command("predict")(predict.predict)
 app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)
 app.command("download")(download.download)
+app.command("convert")(convert.convert)
 app.command("export-onnx")(export_onnx.export_onnx)
 app.command("eval")(eval.evaluate_command)
 app.command("doctor")(doctor.doctor)
