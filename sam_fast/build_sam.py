@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 
 import torch
 from torch import nn
@@ -52,9 +53,7 @@ class SamConfig:
             raise ValueError(f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}")
 
 
-NANO = SamConfig(
-    embed_dim=256, depth=8, num_heads=4, global_attn_indexes=(3, 5, 7), image_size=512, window_size=8
-)
+NANO = SamConfig(embed_dim=256, depth=8, num_heads=4, global_attn_indexes=(3, 5, 7), image_size=512, window_size=8)
 VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 VIT_L = SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 VIT_H = SamConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
@@ -97,6 +96,18 @@ def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
     return build_sam_from_config(VIT_B, checkpoint)
 
 
+def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
+    """Build nano, 11.5 million parameters for images of 512 px, with the weights that come with the package.
+
+    Args:
+        checkpoint: other weights of this architecture instead.
+    """
+    if checkpoint is not None:
+        return build_sam_from_config(NANO, checkpoint)
+    with resources.as_file(resources.files("sam_fast") / "assets" / "nano" / "model.safetensors") as packaged:
+        return build_sam_from_config(NANO, packaged)
+
+
 build_sam = build_sam_vit_h
 
 sam_model_registry: dict[str, Callable[..., Sam]] = {
@@ -104,6 +115,7 @@ sam_model_registry: dict[str, Callable[..., Sam]] = {
     "vit_h": build_sam_vit_h,
     "vit_l": build_sam_vit_l,
     "vit_b": build_sam_vit_b,
+    "nano": build_sam_nano,
 }
 
 

@@ -94,6 +94,21 @@ def read_state_dict(path: _Path) -> dict[str, Tensor]:
     return convert_hugging_face(state) if is_hugging_face(state) else dict(state)
 
 
+def save_checkpoint(model: Sam, path: _Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write the weights of a model as safetensors under the official names.
+
+    Args:
+        model: what to save.
+        path: of the file; its folder must exist.
+        dtype: number format of the floating-point tensors in the file; that of the model by default.
+    """
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    safetensors.torch.save_file(state, os.fspath(path))
+
+
 def checkpoint_file(path: _Path) -> Path:
     """The file that `path` means: itself, or the one of Hugging Face's names that a directory holds.
 

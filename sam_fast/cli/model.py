@@ -29,7 +29,7 @@ class Backend(str, Enum):
     torch = "torch"
 
 
-ModelType = Annotated[str, typer.Option("--model-type", help="default (= vit_h), vit_h, vit_l or vit_b.")]
+ModelType = Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l, vit_h or default (= vit_h).")]
 Checkpoint = Annotated[
     Path, typer.Option("--checkpoint", help="Weights of that model: .pth, .safetensors, or a Hugging Face folder.")
 ]

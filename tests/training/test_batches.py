@@ -14,7 +14,7 @@ from sam_fast.training.batches import Augmentation, TrainingBatch, TrainingBatch
 
 def make(source=None, **changes) -> TrainingBatches:
     settings = dict(side=64, batch_size=2, prompts=4, seed=5, length=20)
-    return TrainingBatches(source or Rectangles(), **{**settings, **changes})
+    return TrainingBatches(Rectangles() if source is None else source, **{**settings, **changes})
 
 
 def equal(first: TrainingBatch, second: TrainingBatch) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_the_number_of_passes_and_objects(monkeypatch):
         assert all(objects == 3 and fed_back for objects, _, fed_back in image[1:])
         points = [points for _, points, _ in image]
         assert points[-1] == 9 and points[-2] == points[-1], "the last pass brings no click"
-        assert sum(b == a for a, b in zip(points, points[1:], strict=False)) == 2
+        assert sum(b == a for a, b in pairwise(points)) == 2
 
 
 def test_a_frozen_encoder_gets_no_gradient_and_the_rest_the_same():
