@@ -9,7 +9,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from sam_fast.data.objects import Part
 from sam_fast.data.shapes import Raster, rasterize
-from sam_fast.data.textures import Bank, fill
+from sam_fast.data.textures import Bank, Texture, fill
 
 _SHADE = 28  # pixels of the longer side of a map of shading
 _TINY = 120 / 256**2  # smaller leaves are of one colour, as a share of the image
@@ -35,6 +35,14 @@ class Style:
     reach: float
     softness: float
     contrast: float
+
+
+@dataclass(frozen=True)
+class Relief:
+    """How one object is shaded: how strongly it bulges, and a plain gradient [2] in x and y."""
+
+    bevel: float
+    slope: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,7 @@ class Canvas:
         self.owner = np.zeros((size, size), np.uint16)
         self.regions: list[Region] = []
         self._leaves = 1
+        self._shadow_levels = [int(style.shadow * value) for value in range(256)]
 
     def paint(self, rng: np.random.Generator, part: Part, colors: np.ndarray, *, flat: bool = False) -> None:
         """Paint an object.
@@ -84,6 +93,7 @@ class Canvas:
         """
         seeds = rng.integers(2**62, size=len(colors)).tolist()
         bevel, slope = rng.uniform(0, self.style.relief), rng.normal(0, 0.3 * self.style.relief, 2)
+        relief = Relief(0.0 if flat else bevel, slope)
         leaves: list[tuple[Part, Raster | None, int]] = []
         self._collect(part, None, leaves)
         if not flat and self.style.shadow > 0:
@@ -92,8 +102,7 @@ class Canvas:
         for number, (leaf, raster, area) in enumerate(leaves):
             if raster is not None and area > _SPECK * self.size**2:
                 index = leaf.color % len(colors)
-                own = np.random.Generator(np.random.PCG64(seeds[index]))
-                self._paint_leaf(own, raster, area, colors[index], first + number, 0.0 if flat else bevel, slope, number > 0)
+                self._paint_leaf(seeds[index], raster, area, colors[index], first + number, relief, number > 0)
         self._leaves += len(leaves)
         self._register(part, leaves, first)
 
@@ -115,62 +124,55 @@ class Canvas:
 
     def _register(self, whole: Part, leaves: list[tuple[Part, Raster | None, int]], first: int) -> None:
         """Add the regions of an object that has just been painted."""
-        seen = np.bincount(self._window_owner(leaves).ravel(), minlength=self._leaves)
-        numbers = {id(leaf): number for number, (leaf, _, _) in enumerate(leaves)}
+        areas = iter([area for _, _, area in leaves])
 
-        def visit(part: Part, begin: int, parent: int, family: str) -> int:
+        def visit(part: Part, begin: int, parent: int, family: str) -> tuple[int, int]:
             family = part.family or family
-            own = numbers.get(id(part))
-            end = begin + (own is not None)
-            index = len(self.regions) if part.named else parent
+            end, area, index = begin, 0, parent
             if part.named:
+                index = len(self.regions)
                 self.regions.append(Region(begin, begin, 0, parent, family))
+            if part.shape is not None:
+                end, area = begin + 1, next(areas)
             for child in part.parts:
-                end = visit(child, end, index, family)
+                end, inner = visit(child, end, index, family)
+                area += inner if part.shape is None else 0
             if part.named:
-                area = max(int(seen[begin:end].sum()), 0 if own is None else leaves[own][2])
                 self.regions[index] = Region(begin, end, area, parent, family)
-            return end
+            return end, area
 
         visit(whole, first, -1, "")
 
-    def _window_owner(self, leaves: list[tuple[Part, Raster | None, int]]) -> np.ndarray:
-        rasters = [raster for _, raster, _ in leaves if raster is not None]
-        if not rasters:
-            return self.owner[:0]
-        left, top, right, bottom = _bounds(rasters)
-        return self.owner[top:bottom, left:right]
-
     def _paint_leaf(
-        self,
-        rng: np.random.Generator,
-        raster: Raster,
-        area: int,
-        color: np.ndarray,
-        number: int,
-        bevel: float,
-        slope: np.ndarray,
-        calm: bool,
+        self, seed: int, raster: Raster, area: int, color: np.ndarray, number: int, relief: Relief, calm: bool
     ) -> None:
         alpha, left, top = raster
         width, height = alpha.size
-        window = np.s_[top : top + height, left : left + width]
-        coverage = np.asarray(alpha)
-        behind = self.image.crop((left, top, left + width, top + height))
+        window = (left, top, left + width, top + height)
         if area < _TINY * self.size**2:
-            plain = np.broadcast_to(color, (height, width, 3))
-            shift = _separation(plain, np.asarray(behind), coverage, self.style.contrast)
-            self.image.paste(tuple((color + shift).clip(0, 255).astype(int).tolist()), (left, top), alpha)
-            np.copyto(self.owner[window], np.uint16(number), where=coverage >= 128)
-            return
-        texture = fill(rng, self.bank, color, width, height, self.size, calm=calm)
-        texture = texture * self._shading(alpha, bevel, slope)[..., None] if bevel > 0.05 and area > 3 * _TINY * self.size**2 else texture
-        texture = texture + _separation(texture, np.asarray(behind), coverage, self.style.contrast)
-        texture = np.clip(texture, 0, 255, out=texture).astype(np.uint8)
-        self.image.paste(Image.fromarray(texture), (left, top), alpha)
-        np.copyto(self.owner[window], np.uint16(number), where=coverage >= 128)
+            behind = np.array(self.image.resize((1, 1), Image.Resampling.BOX, window).getpixel((0, 0)), np.float64)
+            shift = _separation(color, behind, self.style.contrast)
+            self.image.paste(tuple((color + shift).clip(0, 255).astype(int).tolist()), window, alpha)
+        else:
+            rng = np.random.Generator(np.random.PCG64(seed))
+            texture = fill(rng, self.bank, color, width, height, self.size, calm=calm)
+            shade = self._shading(alpha, relief) if relief.bevel > 0.05 and area > 3 * _TINY * self.size**2 else None
+            shift = self._contrast(texture, alpha, window)
+            self.image.paste(Image.fromarray(texture.render(shift, shade)), window, alpha)
+        owner = self.owner[top : top + height, left : left + width]
+        np.copyto(owner, np.uint16(number), where=np.asarray(alpha) >= 128)
 
-    def _shading(self, alpha: Image.Image, bevel: float, slope: np.ndarray) -> np.ndarray:
+    def _contrast(self, texture: Texture, alpha: Image.Image, window: tuple[int, int, int, int]) -> float:
+        """How much lighter or darker a texture must get to stand out from what it will cover."""
+        step = max(1, min(alpha.size) // 10)
+        new = texture.sample(step)
+        side = (new.shape[1], new.shape[0])
+        share = np.asarray(alpha.resize(side, Image.Resampling.NEAREST), np.float32)
+        old = np.asarray(self.image.resize(side, Image.Resampling.NEAREST, window))
+        share /= max(float(share.sum()), 1e-6)
+        return _separation(np.tensordot(share, new), np.tensordot(share, old.astype(np.float32)), self.style.contrast)
+
+    def _shading(self, alpha: Image.Image, relief: Relief) -> np.ndarray:
         """A factor [h, w] around 1: the light on a surface that bulges towards its middle, plus a plain gradient."""
         ratio = _SHADE / max(alpha.size)
         width, height = (max(2, round(side * min(1.0, ratio))) for side in alpha.size)
@@ -180,9 +182,9 @@ class Canvas:
         dome = np.asarray(small.filter(ImageFilter.BoxBlur(max(width, height) / 8)), np.float32) / 255
         across, down = dome[4:-4, 5:-3] - dome[4:-4, 3:-5], dome[5:-3, 4:-4] - dome[3:-5, 4:-4]
         lit = (self.style.light[0] * across + self.style.light[1] * down) * (0.125 * max(width, height))
-        x = slope[0] * (2 * np.arange(width) / width - 1)
-        y = slope[1] * (2 * np.arange(height) / height - 1)
-        factor = 1 + bevel * (lit.clip(-0.9, 0.9) + 0.25 * (dome[4:-4, 4:-4] - 0.7)) + (x + y[:, None])
+        x = relief.slope[0] * (2 * np.arange(width) / width - 1)
+        y = relief.slope[1] * (2 * np.arange(height) / height - 1)
+        factor = 1 + relief.bevel * (lit.clip(-0.9, 0.9) + 0.25 * (dome[4:-4, 4:-4] - 0.7)) + (x + y[:, None])
         image = Image.fromarray(factor.clip(0.25, 1.9).astype(np.float32))
         return np.asarray(image.resize(alpha.size, Image.Resampling.BICUBIC))
 
@@ -203,8 +205,7 @@ class Canvas:
             small = alpha.resize(side, Image.Resampling.BOX)
             at = (round((x - left + margin + shift[0]) / step), round((y - top + margin + shift[1]) / step))
             sheet.paste(255, at, small)
-        strength = self.style.shadow
-        sheet = sheet.filter(ImageFilter.GaussianBlur(soft / step)).point([int(strength * v) for v in range(256)])
+        sheet = sheet.filter(ImageFilter.GaussianBlur(soft / step)).point(self._shadow_levels)
         sheet = sheet.resize((width * step, height * step), Image.Resampling.BILINEAR)
         self.image.paste((12, 12, 18), (left - margin, top - margin), sheet)
 
@@ -229,21 +230,13 @@ def _intersection(raster: Raster, parent: Raster) -> Raster | None:
     return Raster(ImageChops.darker(a, b), left, top)
 
 
-def _separation(texture: np.ndarray, behind: np.ndarray, coverage: np.ndarray, least: float) -> float:
-    """How much lighter or darker a texture must get to differ from what it covers by `least` in the mean."""
-    step = max(1, min(coverage.shape) // 10)
-    inside = coverage[::step, ::step] >= 128
-    if not inside.any():
-        return 0.0
-    share = inside[..., None] / np.count_nonzero(inside)
-    new = (texture[::step, ::step] * share).sum((0, 1))
-    old = (behind[::step, ::step] * share).sum((0, 1))
+def _separation(new: np.ndarray, old: np.ndarray, least: float) -> float:
+    """What to add to a colour [3] so that it differs from another by `least`, and in lightness by half of that."""
     difference = float((new - old).mean())
     if np.abs(new - old).max() >= least and abs(difference) >= 0.5 * least:
         return 0.0
-    if difference == 0:
-        difference = 1.0
-    away = np.sign(difference) * (least - abs(difference))
+    sign = 1.0 if difference >= 0 else -1.0
+    away = sign * (least - abs(difference))
     if not 15 < float(new.mean()) + away < 240:
-        away = -np.sign(difference) * (least + abs(difference))
-    return float(away)
+        away = -sign * (least + abs(difference))
+    return away

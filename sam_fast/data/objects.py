@@ -49,7 +49,9 @@ class Part:
 
     def placed(self, placement: Placement) -> Part:
         shape = None if self.shape is None else placement.shape(self.shape)
-        return Part(shape, [part.placed(placement) for part in self.parts], self.color, self.clip, self.named, self.family)
+        return Part(
+            shape, [part.placed(placement) for part in self.parts], self.color, self.clip, self.named, self.family
+        )
 
 
 Maker = Callable[[np.random.Generator, bool], Part]
@@ -59,7 +61,7 @@ def _inside(shape: Shape, x: float, y: float, scale: float, aspect: float = 1.0,
     """A shape shrunk, turned and moved within the object's frame."""
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = scale * np.array([[cos, -sin], [sin, cos]]) @ np.diag([aspect**0.5, aspect**-0.5])
-    return Placement(matrix, np.array([x, y]), np.zeros((2, 3))).shape(shape)
+    return Placement(matrix, np.array([x, y])).shape(shape)
 
 
 def _single(rng: np.random.Generator, held_out: bool) -> Part:
@@ -127,7 +129,9 @@ def _face(rng: np.random.Generator, held_out: bool) -> Part:
         line = np.stack([np.linspace(-width, width, 12), y + rng.uniform(-0.2, 0.2) * np.linspace(-1, 1, 12) ** 2], 1)
         head.parts.append(Part(strip(line, np.full(12, rng.uniform(0.03, 0.1))), color=3))
     if rng.random() < 0.5:
-        head.parts.append(Part(ellipse(0, rng.uniform(0.05, 0.25), rng.uniform(0.06, 0.15), 0.12), color=int(rng.integers(4))))
+        head.parts.append(
+            Part(ellipse(0, rng.uniform(0.05, 0.25), rng.uniform(0.06, 0.15), 0.12), color=int(rng.integers(4)))
+        )
     if rng.random() < 0.4:
         head.parts.append(Part(box(-2, -2, 2, rng.uniform(-0.8, -0.45)), color=3, clip=True))
     if rng.random() < 0.5:
@@ -155,7 +159,11 @@ def _building(rng: np.random.Generator, held_out: bool) -> Part:
             window = Part(rounded_box(cx - rx, cy - ry, cx + rx, cy + ry, 0.9 if arched else 0.05), color=1)
             if panes and columns * lines < 7:
                 window.parts += [
-                    Part(box(cx + a * rx - 0.4 * rx, cy - 0.8 * ry, cx + a * rx + 0.4 * rx, cy + 0.8 * ry), color=3, named=False)
+                    Part(
+                        box(cx + a * rx - 0.4 * rx, cy - 0.8 * ry, cx + a * rx + 0.4 * rx, cy + 0.8 * ry),
+                        color=3,
+                        named=False,
+                    )
                     for a in (-0.45, 0.45)
                 ]
             wall.parts.append(window)
@@ -177,7 +185,15 @@ def _vehicle(rng: np.random.Generator, held_out: bool) -> Part:
     body = Part(rounded_box(-1, top, 1, low, rng.uniform(0.1, 0.8)), family="vehicle")
     left, right, roof = rng.uniform(-0.8, -0.2), rng.uniform(0.2, 0.9), top - rng.uniform(0.25, 0.5)
     slope = rng.uniform(0, 0.3)
-    cabin = Part([Contour(densify(np.array([[left, top + 0.05], [right, top + 0.05], [right - slope, roof], [left + slope, roof]])))])
+    cabin = Part(
+        [
+            Contour(
+                densify(
+                    np.array([[left, top + 0.05], [right, top + 0.05], [right - slope, roof], [left + slope, roof]])
+                )
+            )
+        ]
+    )
     for a, b in ((0.12, 0.46), (0.54, 0.88)):
         width = right - left - 2 * slope
         x0, x1 = left + slope + a * width, left + slope + b * width
@@ -242,7 +258,9 @@ def _tree(rng: np.random.Generator, held_out: bool) -> Part:
     family, shape = draw_family(rng, compact=True, held_out=held_out)
     crown = Part(_inside(shape, 0, -0.45, rng.uniform(0.5, 0.85), rng.uniform(0.7, 1.8)), family=family)
     if rng.random() < 0.3:
-        crown.parts += [Part(ellipse(x, y, 0.1, 0.1), color=2) for x, y in rng.uniform((-0.4, -0.8), (0.4, -0.2), (3, 2))]
+        crown.parts += [
+            Part(ellipse(x, y, 0.1, 0.1), color=2) for x, y in rng.uniform((-0.4, -0.8), (0.4, -0.2), (3, 2))
+        ]
     return Part(None, [trunk, crown], family="tree")
 
 
@@ -257,7 +275,9 @@ def _figure(rng: np.random.Generator, held_out: bool) -> Part:
     parts = []
     for side in (-1, 1):
         swing = rng.uniform(-0.3, 0.5)
-        leg = np.array([[0.14 * side, 0.2], [side * (0.15 + 0.4 * abs(swing)), 0.7], [side * (0.15 + 0.3 * swing), 1.2]])
+        leg = np.array(
+            [[0.14 * side, 0.2], [side * (0.15 + 0.4 * abs(swing)), 0.7], [side * (0.15 + 0.3 * swing), 1.2]]
+        )
         parts.append(Part(strip(leg, np.array([0.14, 0.11, 0.09])), color=2))
         reach, lift = rng.uniform(0.4, 0.8), rng.uniform(-0.6, 0.5)
         arm = np.array([[0.25 * side, -0.42], [side * (0.25 + reach * 0.5), -0.2], [side * (0.25 + reach * 0.6), lift]])
@@ -283,7 +303,9 @@ def _animal(rng: np.random.Generator, held_out: bool) -> Part:
     head = Part(_inside(ellipse(0, 0, 0.3, 0.2), x, y, 1, angle=rng.uniform(-0.4, 0.6)), color=0)
     head.parts.append(Part(ellipse(x + 0.05, y - 0.05, 0.05, 0.05), color=3))
     head.parts.append(Part([Contour(np.array([[x - 0.2, y - 0.1], [x, y - 0.15], [x - 0.15, y - 0.4]]))], color=1))
-    tail = np.array([[-length * 0.9, -0.1], [-length - 0.2, rng.uniform(-0.5, 0.3)], [-length - 0.35, rng.uniform(-0.6, 0.5)]])
+    tail = np.array(
+        [[-length * 0.9, -0.1], [-length - 0.2, rng.uniform(-0.5, 0.3)], [-length - 0.35, rng.uniform(-0.6, 0.5)]]
+    )
     return Part(
         None,
         [*legs, Part(strip(tail, np.array([0.08, 0.06, 0.04])), color=0), Part(neck, color=0, named=False), body, head],
@@ -292,7 +314,7 @@ def _animal(rng: np.random.Generator, held_out: bool) -> Part:
 
 
 def _solid(rng: np.random.Generator, held_out: bool) -> Part:
-    """A cuboid or a cylinder seen from above: faces of one body, shaded differently, sometimes with something on the front."""
+    """A cuboid or a cylinder seen from above, at times with something on the front."""
     depth_x, depth_y = rng.uniform(0.15, 0.6), rng.uniform(0.15, 0.5)
     named = bool(rng.random() < 0.7)
     if rng.random() < 0.35:
@@ -308,7 +330,9 @@ def _solid(rng: np.random.Generator, held_out: bool) -> Part:
     side_face = Part([Contour(densify(corners))], color=2, named=named)
     for _ in range(int(rng.integers(0, 3))):
         _, shape = draw_family(rng, held_out=held_out)
-        front.parts.append(Part(_inside(shape, rng.uniform(-0.5, 0.2), rng.uniform(0, 0.5), rng.uniform(0.15, 0.35)), color=3))
+        front.parts.append(
+            Part(_inside(shape, rng.uniform(-0.5, 0.2), rng.uniform(0, 0.5), rng.uniform(0.15, 0.35)), color=3)
+        )
     return Part(None, [front, lid, side_face], family="solid")
 
 
@@ -329,7 +353,11 @@ def _row(rng: np.random.Generator, held_out: bool) -> Part:
             scale = fill * min(width / columns, height / lines)
             cx, cy = np.array([width * (2 * x - 1), height * (2 * y - 1)]) * 0.92 + rng.normal(0, jitter * scale, 2)
             angle = rng.normal(0, turn)
-            item = Part(_inside(shape, cx, cy, scale, angle=angle), color=int(rng.integers(1, 4)) if various else 1, family=family)
+            item = Part(
+                _inside(shape, cx, cy, scale, angle=angle),
+                color=int(rng.integers(1, 4)) if various else 1,
+                family=family,
+            )
             if cored:
                 item.parts.append(Part(_inside(core, cx, cy, scale * 0.5, angle=angle), color=2))
             whole.parts.append(item)

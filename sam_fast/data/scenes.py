@@ -67,8 +67,8 @@ def make_scene(seed: int, index: int, size: int = 256, *, held_out: bool = False
         index: not negative; which scene of that seed.
         size: pixels of the side, 64 to 1024. A larger one shows the same kind of scene, sharper.
         held_out: a scene for evaluation. Its random stream is no training scene's, its photo textures come from
-            `assets/photos` only, and a third to a half of its objects are of `shapes.HELD_OUT_FAMILIES`; training scenes
-            have neither.
+            `assets/photos` only, and a third to a half of its objects have shapes of `shapes.HELD_OUT_FAMILIES`;
+            training scenes have neither.
 
     Returns:
         A sample of size x size pixels with all of its masks, a whole before its parts.
@@ -221,6 +221,4 @@ def _placement(rng: np.random.Generator, part: Part, center: np.ndarray, radius:
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
     matrix = matrix @ np.diag([mirror * stretch**0.5, stretch**-0.5]) * radius
     bend = np.stack([rng.normal(0, 0.05, 2), rng.uniform(1, 3, 2), rng.uniform(0, 6.3, 2)], axis=1)
-    if rng.random() < 0.4:
-        bend[:, 0] = 0
-    return Placement(matrix, center, bend)
+    return Placement(matrix, center, None if rng.random() < 0.4 else bend)

@@ -1,7 +1,7 @@
 """Shape families of procedural scenes: closed outlines in an object's own frame, and their drawing with soft edges.
 
-A shape is a list of primitives. Its own frame is about -1 .. 1 in x (right) and y (down); `Placement` carries it into the
-scene's frame, 0 .. 1 in both, whatever the number of pixels.
+A shape is a list of primitives. Its own frame is about -1 .. 1 in x (right) and y (down); `Placement` carries it into
+the scene's frame, 0 .. 1 in both, whatever the number of pixels.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ class Placement:
     Attributes:
         matrix: [2, 2].
         offset: [2], where the object's origin lies in the scene.
-        bend: [2, 3] amplitude, frequency and phase of a wave along each axis, in the object's frame.
+        bend: [2, 3] amplitude, frequency and phase of a wave along each axis, in the object's frame, or None.
     """
 
     matrix: np.ndarray
     offset: np.ndarray
-    bend: np.ndarray
+    bend: np.ndarray | None = None
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        amplitude, frequency, phase = self.bend.T
-        bent = points + amplitude * np.sin(frequency * points[..., ::-1] + phase)
-        return bent @ self.matrix.T + self.offset
+        if self.bend is not None:
+            amplitude, frequency, phase = self.bend.T
+            points = points + amplitude * np.sin(frequency * points[..., ::-1] + phase)
+        return points @ self.matrix.T + self.offset
 
     def shape(self, shape: Shape) -> Shape:
         return [replace(primitive, points=self(primitive.points)) for primitive in shape]
@@ -75,9 +76,14 @@ def rasterize(shape: Shape, size: int) -> Raster | None:
         The window that the shape touches, cut at the image's border; None if it lies outside.
     """
     flat = [primitive.points.reshape(-1, 2) for primitive in shape]
-    flat += [corners[1:2] + corners[2:3] - corners[0:1] for corners, p in zip(flat, shape, strict=True) if isinstance(p, Glyphs)]
-    low = np.floor(np.min([points.min(0) for points in flat], axis=0) * size - 0.5).clip(0, size)
-    high = np.ceil(np.max([points.max(0) for points in flat], axis=0) * size + 0.5).clip(0, size)
+    flat += [
+        corners[1:2] + corners[2:3] - corners[0:1]
+        for corners, primitive in zip(flat, shape, strict=False)
+        if isinstance(primitive, Glyphs)
+    ]
+    points = np.concatenate(flat) if len(flat) > 1 else flat[0]
+    low = np.floor(points.min(0) * size - 0.5).clip(0, size)
+    high = np.ceil(points.max(0) * size + 0.5).clip(0, size)
     (left, top), (width, height) = low.astype(int).tolist(), (high - low).astype(int).tolist()
     if width <= 0 or height <= 0:
         return None
@@ -126,9 +132,11 @@ def _draw_glyphs(sheet: Image.Image, text: str, corners: np.ndarray) -> None:
 
 @lru_cache
 def circle(steps: int = 40) -> np.ndarray:
-    """A unit circle [steps, 2], not to be written to."""
+    """A unit circle [steps, 2]."""
     angle = np.linspace(0, 2 * np.pi, steps, endpoint=False)
-    return np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points.flags.writeable = False
+    return points
 
 
 def ellipse(x: float, y: float, rx: float, ry: float) -> Shape:
@@ -146,7 +154,8 @@ def rounded_box(x0: float, y0: float, x1: float, y1: float, roundness: float) ->
     radius = roundness * min(abs(rx), abs(ry))
     corner = circle(48)
     outline = corner * radius + np.where(corner > 1e-9, 1, -1) * (abs(rx) - radius, abs(ry) - radius)
-    return [Contour(densify(outline + ((x0 + x1) / 2, (y0 + y1) / 2), 0.5))]
+    center = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
+    return [Contour(densify(outline + center, 0.5))]
 
 
 def densify(corners: np.ndarray, step: float = 0.25) -> np.ndarray:
@@ -159,7 +168,7 @@ def densify(corners: np.ndarray, step: float = 0.25) -> np.ndarray:
 
 
 def strip(line: np.ndarray, widths: np.ndarray, round_ends: bool = True) -> Shape:
-    """A band along a line [K, 2] of half-widths [K], drawn as one quadrilateral per segment, so that it may cross itself."""
+    """A band along a line [K, 2] of half-widths [K], one quadrilateral per segment, so that it may cross itself."""
     tangent = np.empty_like(line)
     tangent[1:-1] = line[2:] - line[:-2]
     tangent[0], tangent[-1] = line[1] - line[0], line[-1] - line[-2]
@@ -174,7 +183,7 @@ def strip(line: np.ndarray, widths: np.ndarray, round_ends: bool = True) -> Shap
 
 
 def ragged_line(rng: np.random.Generator, steps: int, roughness: float) -> np.ndarray:
-    """A random function [steps + 1] with a falling spectrum, ends equal, of about unit height; smoother for higher roughness."""
+    """A random function [steps + 1] of about unit height, its ends equal; its spectrum falls as 1/f^roughness."""
     harmonics = np.arange(1, 13)
     weight = harmonics**-roughness * rng.standard_normal(12)
     phase = rng.uniform(0, 2 * np.pi, 12)
@@ -341,7 +350,16 @@ FAMILIES: dict[str, Family] = {
     "gear": _gear,
     "petal": _petal,
 }
-_WEIGHTS = {"quadrilateral": 2.0, "rounded": 1.5, "ellipse": 2.0, "blob": 3.0, "ragged": 1.5, "cluster": 1.5, "limbs": 1.5, "bracket": 0.6}
+_WEIGHTS = {
+    "quadrilateral": 2.0,
+    "rounded": 1.5,
+    "ellipse": 2.0,
+    "blob": 3.0,
+    "ragged": 1.5,
+    "cluster": 1.5,
+    "limbs": 1.5,
+    "bracket": 0.6,
+}
 
 
 def draw_family(rng: np.random.Generator, *, compact: bool = False, held_out: bool = False) -> tuple[str, Shape]:

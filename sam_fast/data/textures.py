@@ -103,8 +103,10 @@ def cut(rng: np.random.Generator, picture: Image.Image, width: int, height: int,
         width, height = height, width
     scale = min(scale, picture.width / width, picture.height / height)
     across, down = width * scale, height * scale
-    left, top = x * (picture.width - across), y * (picture.height - down)
-    piece = picture.resize((width, height), Image.Resampling.BILINEAR, (left, top, left + across, top + down))
+    # Rounding must not carry the box over the picture's border.
+    left, top = max(0.0, x * (picture.width - across)), max(0.0, y * (picture.height - down))
+    box = (left, top, min(left + across, picture.width), min(top + down, picture.height))
+    piece = picture.resize((width, height), Image.Resampling.BILINEAR, box)
     if turn & 1:
         piece = piece.transpose(Image.Transpose.ROTATE_90)
     if turn & 2:
@@ -127,8 +129,38 @@ def ramp(rng: np.random.Generator, color: np.ndarray, contrast: float) -> np.nda
     return color.astype(np.float32) + _LEVELS * slope.astype(np.float32)
 
 
-def _mapped(table: np.ndarray, gray: Image.Image) -> np.ndarray:
-    return table.take(np.asarray(gray), 0, mode="clip")  # without "clip" four times slower
+@dataclass(frozen=True)
+class Texture:
+    """A picture that is not in its colours yet, so that they can be shifted for next to nothing.
+
+    Attributes:
+        index: uint8, [h, w] with a table [256, 3], or [h, w, 3] with a table [256, 1] for all channels alike.
+        table: float32, the colour or the value of each level, about 0..255, not clipped.
+    """
+
+    index: np.ndarray
+    table: np.ndarray
+
+    def sample(self, step: int) -> np.ndarray:
+        """Every `step`-th pixel of every `step`-th row, [h / step, w / step, 3] float32."""
+        return self._look_up(self.table, self.index[::step, ::step])
+
+    def render(self, shift: float, shade: np.ndarray | None) -> np.ndarray:
+        """The texture times `shade` [h, w], if there is one, plus `shift`: [h, w, 3] uint8."""
+        if shade is None:
+            return self._look_up((self.table + np.float32(shift)).clip(0, 255).astype(np.uint8), self.index)
+        lit = self._look_up(self.table, self.index)
+        lit *= shade[..., None]
+        lit += np.float32(shift)
+        return np.clip(lit, 0, 255, out=lit).astype(np.uint8)
+
+    def _look_up(self, table: np.ndarray, index: np.ndarray) -> np.ndarray:
+        # Without mode="clip" this takes four times as long.
+        return table.take(index, 0, mode="clip") if index.ndim == 2 else table[:, 0].take(index, mode="clip")
+
+
+def _mapped(table: np.ndarray, gray: Image.Image) -> Texture:
+    return Texture(np.asarray(gray), table)
 
 
 def _stripes(rng: np.random.Generator, width: int, height: int, size: int) -> np.ndarray:
@@ -151,7 +183,7 @@ def _stripes(rng: np.random.Generator, width: int, height: int, size: int) -> np
     return (127.5 + 127.5 * np.clip(np.float32(sharp) * (wave - np.float32(duty)), -1, 1)).astype(np.uint8)
 
 
-def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple[int, int], size: int) -> np.ndarray:
+def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple[int, int], size: int) -> Texture:
     """A crop of a photo: colour photos as they are, or tinted; gray ones through a ramp."""
     index, zoom = int(rng.integers(len(bank.photos))), np.exp(rng.uniform(np.log(0.3), np.log(2.2)))
     tint, gain, contrast = rng.random(), rng.uniform(0.7, 1.3), rng.uniform(0.3, 1)
@@ -159,12 +191,12 @@ def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple
     table = ramp(rng, color, contrast)
     if piece.mode == "L" or tint < 0.35:
         return _mapped(table, piece.convert("L"))
-    return np.asarray(piece) * np.float32(gain)
+    return Texture(np.asarray(piece), np.arange(256, dtype=np.float32)[:, None] * np.float32(gain))
 
 
 def fill(
     rng: np.random.Generator, bank: Bank, color: np.ndarray, width: int, height: int, size: int, *, calm: bool = False
-) -> np.ndarray:
+) -> Texture:
     """A random texture for a window of an image.
 
     Args:
@@ -174,9 +206,6 @@ def fill(
         width, height: pixels of the window.
         size: pixels of the image's side.
         calm: prefer smooth surfaces, as small parts and skies have them.
-
-    Returns:
-        [h, w, 3] float32, about 0..255, not clipped.
     """
     kind = rng.random() ** (1.6 if calm else 1.0)
     contrast = rng.uniform(0.05, 0.25) if rng.random() < 0.6 else rng.uniform(0.25, 0.7)
@@ -193,14 +222,15 @@ def fill(
     if kind < 0.78:
         return _photo(rng, bank, color, (height, width), size)
     if kind < 0.89:
-        pattern = ramp(rng, color, contrast).take(_stripes(rng, width, height, size), 0, mode="clip")
-        return pattern + (np.asarray(cut(rng, noise, width, height, size, zoom), np.float32)[..., None] - 128) * 0.15
+        table = ramp(rng, color, contrast)
+        pattern = Image.fromarray(_stripes(rng, width, height, size))
+        return _mapped(table, Image.blend(pattern, cut(rng, noise, width, height, size, zoom), 0.2))
     patches = bank.patches[int(rng.integers(len(bank.patches)))]
     return _mapped(ramp(rng, color, contrast), cut(rng, patches, width, height, size, zoom))
 
 
 def palette(rng: np.random.Generator, bank: Bank, count: int) -> np.ndarray:
-    """Colours [count, 3] float32, 0..255, of one scene: from a photo, of subdued or of vivid paint, or few hues of all shades."""
+    """Colours [count, 3] float32, 0..255, of one scene: from photos, of subdued or vivid paint, or of a few hues."""
     kind = rng.random()
     if kind < 0.45:
         colors = bank.colors[rng.integers(len(bank.colors), size=count)]
