@@ -56,6 +56,9 @@ def train(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images per process and backward pass.")] = 1,
     accumulate: Annotated[int, typer.Option("--accumulate", help="Backward passes per step.")] = 1,
     prompts: Annotated[int, typer.Option("--prompts", help="Objects per image.")] = 64,
+    smallest: Annotated[
+        int, typer.Option("--smallest", help="Logit pixels (1/4 of a patch wide) that an object must cover.")
+    ] = 1,
     clicks: Annotated[int, typer.Option("--clicks", help="Corrections per object after its first prompt.")] = 8,
     refined: Annotated[
         int | None, typer.Option("--refined", help="Objects per image that are corrected.", show_default="all")
@@ -99,6 +102,7 @@ def train(
         batch_size=batch_size,
         accumulate=accumulate,
         prompts=prompts,
+        smallest=smallest,
         clicks=clicks,
         refined=refined,
         box_share=box_share,

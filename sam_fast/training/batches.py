@@ -28,7 +28,7 @@ class TrainingBatch:
     Attributes:
         images: uint8 [B, 3, S, S], zeros in the padding (bottom and right).
         sizes: int64 [B, 2], (h, w) of the images without padding.
-        targets: bool [B, K, S/4, S/4].
+        targets: bool [B, K, s, s], at the resolution of the logits: S/4 for patches of 16 pixels.
         points: float32 [B, K, 2], a foreground pixel of each object, (x, y) in pixels of the model input.
         boxes: float32 [B, K, 4], its noised box, XYXY in the same frame.
     """
@@ -38,6 +38,11 @@ class TrainingBatch:
     targets: Tensor
     points: Tensor
     boxes: Tensor
+
+    @property
+    def scale(self) -> int:
+        """Side of a pixel of the targets in pixels of the model input."""
+        return self.images.shape[-1] // self.targets.shape[-1]
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same batch on another device."""
@@ -70,6 +75,8 @@ class TrainingBatches(Dataset[TrainingBatch]):
         side: S, side of the model input.
         batch_size: B, images.
         prompts: K, objects per image; an image with fewer objects repeats them with other prompts.
+        scale: side of a pixel of the logits in pixels of the model input, a quarter of a patch.
+        smallest: pixels of the logits that an object must cover to be trained on.
         seed: of everything random.
         rank, world_size: this process, and how many there are; their batches share no sample.
         length: how many batches there are.
@@ -85,6 +92,8 @@ class TrainingBatches(Dataset[TrainingBatch]):
         prompts: int,
         seed: int,
         length: int,
+        scale: int = 4,
+        smallest: int = 1,
         rank: int = 0,
         world_size: int = 1,
         augmentation: Augmentation | None = None,
@@ -97,6 +106,8 @@ class TrainingBatches(Dataset[TrainingBatch]):
         self.prompts = prompts
         self.seed = seed
         self.length = length
+        self.scale = scale
+        self.smallest = smallest
         self.rank = rank
         self.world_size = world_size
         self.augmentation = augmentation or Augmentation()
@@ -116,7 +127,9 @@ class TrainingBatches(Dataset[TrainingBatch]):
         index = self._sample_index(position)
         for _ in range(_ATTEMPTS):
             sample = self.source.load(index, max_masks=_CANDIDATES * self.prompts, rng=rng)
-            item = prepare(sample, self.side, self.prompts, self.augmentation, rng)
+            item = prepare(
+                sample, self.side, self.prompts, self.augmentation, rng, scale=self.scale, smallest=self.smallest
+            )
             if item is not None:
                 return item
             index = int(rng.integers(len(self.source)))
@@ -130,12 +143,19 @@ class TrainingBatches(Dataset[TrainingBatch]):
 
 
 def prepare(
-    sample: Sample, side: int, prompts: int, augmentation: Augmentation, rng: np.random.Generator
+    sample: Sample,
+    side: int,
+    prompts: int,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+    *,
+    scale: int = 4,
+    smallest: int = 1,
 ) -> tuple[np.ndarray, ...] | None:
     """One image of a batch: image, size, targets, points, boxes as in `TrainingBatch` without B.
 
     Returns:
-        None if no object of the sample covers a pixel at the resolution of the logits.
+        None if no object of the sample covers `smallest` pixels at the resolution of the logits.
     """
     image, masks = sample.image, sample.masks
     if augmentation.flip and rng.random() < 0.5:
@@ -144,8 +164,8 @@ def prepare(
     height, width = image.shape[:2]
     padded = np.zeros((len(masks), side, side), bool)
     padded[:, :height, :width] = masks
-    targets = low_resolution(padded)
-    usable = np.flatnonzero(targets.any((1, 2)))
+    targets = low_resolution(padded, scale)
+    usable = np.flatnonzero(targets.sum((1, 2)) >= smallest)
     if len(usable) == 0:
         return None
     rounds = -(-prompts // len(usable))
@@ -157,10 +177,11 @@ def prepare(
     return pixels, np.array([height, width]), targets[chosen], points, boxes
 
 
-def low_resolution(masks: np.ndarray) -> np.ndarray:
-    """Masks bool [N, S, S] at the resolution of the logits, [N, S/4, S/4]: set where half of the pixels are."""
+def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
+    """Masks bool [N, S, S] at the resolution of the logits, [N, S/scale, S/scale]: set where half of the pixels are."""
     N, H, W = masks.shape
-    return masks.reshape(N, H // 4, 4, W // 4, 4).sum((2, 4), dtype=np.uint8) >= 8
+    counts = masks.reshape(N, H // scale, scale, W // scale, scale).sum((2, 4), dtype=np.uint16)
+    return 2 * counts >= scale * scale
 
 
 def _fit(

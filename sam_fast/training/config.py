@@ -14,6 +14,7 @@ class TrainConfig:
         batch_size: images per process and backward pass.
         accumulate: backward passes per step.
         prompts: objects per image.
+        smallest: pixels of the logits that an object must cover to be trained on.
         clicks: corrections per object after its first prompt.
         refined: objects per image that are corrected; None is all of them.
         box_share: share of first prompts that are boxes.
@@ -42,6 +43,7 @@ class TrainConfig:
     batch_size: int = 1
     accumulate: int = 1
     prompts: int = 64
+    smallest: int = 1
     clicks: int = 8
     refined: int | None = None
     box_share: float = 0.5
@@ -68,7 +70,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "jitter", tuple(self.jitter))
-        positive = ("steps", "batch_size", "accumulate", "prompts", "save_every", "log_every")
+        positive = ("steps", "batch_size", "accumulate", "prompts", "smallest", "save_every", "log_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

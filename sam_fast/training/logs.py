@@ -99,17 +99,16 @@ def draw_predictions(model: Sam, batch: TrainingBatch) -> Image.Image:
     rows = []
     for i in range(count):
         height, width = (int(n) for n in batch.sizes[i])
+        side = batch.images.shape[-1]
         point, box = batch.points[i, :1], batch.boxes[i, :1]
         image = batch.images[i, :, :height, :width].permute(1, 2, 0).cpu().numpy()
-        truth = _full_size(batch.targets[i, :1].float() - 0.5, height, width)
+        truth = _full_size(batch.targets[i, :1].float() - 0.5, side, height, width)
         by_point = _answer(model, embeddings[i : i + 1], point=point)
         by_box = _answer(model, embeddings[i : i + 1], box=box)
         panels = [
             draw_masks(image, truth),
-            draw_prompts(
-                draw_masks(image, _full_size(by_point, height, width)), points=point.cpu().numpy(), labels=np.ones(1)
-            ),
-            draw_prompts(draw_masks(image, _full_size(by_box, height, width)), boxes=box.cpu().numpy()),
+            draw_prompts(draw_masks(image, _full_size(by_point, side, height, width)), points=point.cpu().numpy()),
+            draw_prompts(draw_masks(image, _full_size(by_box, side, height, width)), boxes=box.cpu().numpy()),
         ]
         rows.append(np.concatenate([_padded(np.asarray(panel), model.image_encoder.img_size) for panel in panels], 1))
     model.train(was_training)
@@ -126,9 +125,9 @@ def _answer(
     return logits[0, iou[0].argmax()][None]
 
 
-def _full_size(logits: torch.Tensor, height: int, width: int) -> np.ndarray:
+def _full_size(logits: torch.Tensor, side: int, height: int, width: int) -> np.ndarray:
     """Masks bool [N, H, W] of logits [N, s, s]."""
-    upscaled = torch.nn.functional.interpolate(logits[None].float(), scale_factor=4, mode="bilinear")[0]
+    upscaled = torch.nn.functional.interpolate(logits[None].float(), (side, side), mode="bilinear")[0]
     return (upscaled[:, :height, :width] > 0).cpu().numpy()
 
 

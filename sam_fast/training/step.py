@@ -18,8 +18,6 @@ from sam_fast.training.losses import PromptLoss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
 from sam_fast.training.upscaling import masks_by_products
 
-LOGIT_SCALE = 4  # pixels of the model input per pixel of the logits
-
 
 @dataclass(frozen=True)
 class StepSettings:
@@ -144,7 +142,7 @@ class InteractiveStep:
             rows = torch.from_numpy(np.sort(rng.permutation(len(predicted))[:count])).to(predicted.device)
             objects, logits, predicted = objects.select(rows), logits[rows], predicted[rows]
         for new_click in passes:
-            _feed_back(objects, logits, predicted, new_click, generator, valid)
+            _feed_back(objects, logits, predicted, new_click, generator, valid, scale=batch.scale)
             loss, logits, predicted = self._learn(embedding, objects, valid, settings, scale)
             total, last = total + loss.total.mean(), loss.iou[:, 0]
         return StepStatistics(
@@ -161,12 +159,25 @@ class InteractiveStep:
         """One pass of the decoder, back-propagated: its loss, logits [N, M, s, s] and predicted IoU [N, M]."""
         with self.autocast:
             logits, predicted = self._decode(embedding, objects)
+        joint, boxed = torch.zeros((), device=logits.device), len(objects.boxes)
+        if objects.single_prompt:
+            if boxed:
+                # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
+                single = prompt_loss(
+                    logits[:boxed, :1], predicted[:boxed, :1], objects.targets[:boxed], valid, settings.blend
+                )
+                joint = single.total.sum() / len(logits)
+            several = self.model.mask_decoder.num_multimask_outputs
+            logits, predicted = logits[:, -several:], predicted[:, -several:]
         loss = prompt_loss(logits, predicted, objects.targets, valid, settings.blend)
-        (scale * loss.total.mean()).backward()
+        (scale * (joint + loss.total.mean())).backward()
         return loss, logits.detach().float(), predicted.detach().float()
 
     def _decode(self, embedding: Tensor, objects: _Objects) -> tuple[Tensor, Tensor]:
-        """Three masks for a single prompt, one for several."""
+        """The masks to train, logits [N, M, s, s] and predicted IoU [N, M].
+
+        For several prompts the single one; for one prompt the three others, behind the single one if there are boxes.
+        """
         encoder, decoder, boxed = self.model.prompt_encoder, self.model.mask_decoder, len(objects.boxes)
         sparse = []
         if boxed:
@@ -182,18 +193,26 @@ class InteractiveStep:
             sparse_prompt_embeddings=torch.cat(sparse),
             dense_prompt_embeddings=dense,
         )
-        chosen = range(1, decoder.num_mask_tokens) if objects.single_prompt else range(1)
+        start = 1 if objects.single_prompt and not boxed else 0
+        chosen = range(start, decoder.num_mask_tokens if objects.single_prompt else 1)
         return masks_by_products(decoder, tokens, image, chosen), iou[:, chosen.start : chosen.stop]
 
 
 def _feed_back(
-    objects: _Objects, logits: Tensor, predicted: Tensor, new_click: bool, generator: torch.Generator, valid: Tensor
+    objects: _Objects,
+    logits: Tensor,
+    predicted: Tensor,
+    new_click: bool,
+    generator: torch.Generator,
+    valid: Tensor,
+    *,
+    scale: int,
 ) -> None:
     """Give the mask with the highest predicted IoU back as a prompt, and maybe click where it is wrong."""
     best = _gather(logits, predicted.argmax(1))  # [N, s, s]
     objects.mask_input = best[:, None]
     if new_click:
-        coords, labels = error_clicks(best, objects.targets, LOGIT_SCALE, generator, valid)
+        coords, labels = error_clicks(best, objects.targets, scale, generator, valid)
         objects.coords = torch.cat([objects.coords, coords[:, None]], dim=1)
         objects.labels = torch.cat([objects.labels, labels[:, None]], dim=1)
 
@@ -211,7 +230,7 @@ def _first_prompts(
     with_box = torch.from_numpy(rng.random(K) < settings.box_share)
     order = torch.argsort(with_box, descending=True, stable=True).to(device)
     boxed = int(with_box.sum())
-    pixels = LOGIT_SCALE * torch.arange(side, device=device)
+    pixels = batch.scale * torch.arange(side, device=device)
     height, width = batch.sizes[index]
     objects = _Objects(
         targets=batch.targets[index, order],

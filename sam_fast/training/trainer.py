@@ -158,6 +158,8 @@ class Trainer:
             side=self.model.image_encoder.img_size,
             batch_size=config.batch_size,
             prompts=config.prompts,
+            scale=self.model.image_encoder.patch_size // 4,
+            smallest=config.smallest,
             seed=config.seed,
             length=config.steps * config.accumulate,
             rank=self.world.rank,

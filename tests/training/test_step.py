@@ -50,7 +50,7 @@ def test_gradients_equal_those_of_the_plain_model(box_share):
 
     model.zero_grad()
     embeddings = model.image_encoder(model.preprocess(batch.images.float()))
-    losses = []
+    losses, singles = [], []
     for i in range(2):
         labels = torch.ones(3, 1)
         sparse, dense = model.prompt_encoder(
@@ -62,8 +62,13 @@ def test_gradients_equal_those_of_the_plain_model(box_share):
             embeddings[i : i + 1], model.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True
         )
         losses.append(prompt_loss(logits, iou, batch.targets[i].float()).total.mean())
+        if box_share == 1:  # the single mask of a box is trained too, and not counted in the statistics
+            logits, iou = model.mask_decoder(
+                embeddings[i : i + 1], model.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=False
+            )
+            singles.append(prompt_loss(logits, iou, batch.targets[i].float()).total.mean())
     loss = torch.stack(losses).mean()
-    loss.backward()
+    (loss + torch.stack(singles).mean() if singles else loss).backward()
     expected = gradients(model)
     assert statistics.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert found.keys() == expected.keys()
@@ -74,7 +79,7 @@ def test_gradients_equal_those_of_the_plain_model(box_share):
 
 def test_corrections_train_the_single_mask_and_the_mask_prompt():
     model, batch = tiny_sam(), batch_of()
-    run(model, batch, StepSettings(clicks=0))
+    run(model, batch, StepSettings(clicks=0, box_share=0.0))
     first = gradients(model)
     heads = "mask_decoder.output_hypernetworks_mlps."
     assert any(first[f"{heads}{i}.layers.2.weight"].abs().sum() > 0 for i in (1, 2, 3))
@@ -95,7 +100,7 @@ def test_the_number_of_passes_and_objects(monkeypatch):
         points = objects.coords.shape[1]
         seen.append((len(objects.targets), points, objects.mask_input is not None))
         logits, predicted = original(self, embedding, objects)
-        assert logits.shape[1] == predicted.shape[1] == (3 if objects.single_prompt else 1)
+        assert logits.shape[1] == predicted.shape[1] == (4 if objects.single_prompt else 1)
         return logits, predicted
 
     monkeypatch.setattr(InteractiveStep, "_decode", watched)
