@@ -23,7 +23,7 @@ _FOREGROUND, _BACKGROUND = 1, 2
 class GrabCut(Method):
     """OpenCV's GrabCut (Rother et al., 2004) from a box: what is outside of the box is background, for sure.
 
-    Where it finds nothing, or cannot run because the box leaves no background, the answer is the box itself.
+    Where it finds nothing, or the box leaves no background, the answer is the box itself.
     """
 
     name = "grabcut"
@@ -47,19 +47,17 @@ class GrabCut(Method):
         self._image = np.ascontiguousarray(image[..., ::-1])
 
     def box(self, box: np.ndarray) -> Answer:
-        height, width = self._image.shape[:2]
         x0, y0, x1, y1 = (int(side) for side in box)
-        filled = np.zeros((height, width), dtype=bool)
-        filled[y0 : y1 + 1, x0 : x1 + 1] = True
-        mask = filled
-        if not filled.all():
-            labels = np.zeros((height, width), np.uint8)
+        mask = np.zeros(self._image.shape[:2], dtype=bool)
+        mask[y0 : y1 + 1, x0 : x1 + 1] = True
+        if not mask.all():
+            labels = np.zeros(mask.shape, np.uint8)
             models = np.zeros((1, 65)), np.zeros((1, 65))
             rectangle = (x0, y0, x1 - x0 + 1, y1 - y0 + 1)
             self._cv2.setRNGSeed(0)
             self._cv2.grabCut(self._image, labels, rectangle, *models, self.iterations, self._cv2.GC_INIT_WITH_RECT)
             found = (labels & 1).astype(bool)  # GC_FGD is 1 and GC_PR_FGD is 3
-            mask = found if found.any() else filled
+            mask = found if found.any() else mask
         return Answer(mask, mask[None])
 
 
@@ -73,7 +71,7 @@ class RandomWalker(Method):
     name = "random_walker"
     prompts = frozenset((CLICKS,))
 
-    def __init__(self, longest_side: int = 256, beta: float = 130.0, radius: int = 3) -> None:
+    def __init__(self, longest_side: int = 128, beta: float = 8000.0, radius: int = 1) -> None:
         """
         Args:
             longest_side: of the image that it works on, in pixels.

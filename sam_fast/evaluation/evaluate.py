@@ -139,9 +139,10 @@ def _measure_image(
 ) -> None:
     chosen = choose_masks(len(sample.masks), settings.objects_per_image, np.random.default_rng([settings.seed, index]))
     method.set_image(sample.image)
+    measured.digest.update(f"{sample.name} {sample.image.shape}".encode() + sample.image.tobytes())
     for number in chosen.tolist():
         truth = sample.masks[number]
-        measured.digest.update(f"{sample.name} {number} {truth.shape}".encode() + np.packbits(truth).tobytes())
+        measured.digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())
         row: dict[str, Any] = {"image": sample.name, "object": number, "area": int(np.count_nonzero(truth))}
         for kind, measure in ((CLICKS, _clicks), (BOX, _box)):
             if kind in kinds:

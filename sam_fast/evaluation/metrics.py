@@ -21,8 +21,8 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """
     if a.shape != b.shape:
         raise ValueError(f"masks must be of one size, got {list(a.shape)} and {list(b.shape)}")
-    union = np.count_nonzero(a | b)
-    return np.count_nonzero(a & b) / union if union else 1.0
+    union = int(np.count_nonzero(a | b))
+    return int(np.count_nonzero(a & b)) / union if union else 1.0
 
 
 def boundary(mask: np.ndarray, width: int) -> np.ndarray:

@@ -24,7 +24,7 @@ class Results:
         method: its name.
         method_settings: what its results depend on.
         protocol: settings of the evaluation, the data, and the number of images.
-        digest: hash of the objects that were prompted; results of one digest can be compared.
+        digest: hash of the images and of the objects that were prompted; results of one digest can be compared.
         counts: number of images and of objects.
         summary: the figures of the table.
         objects: the values of each object; means of them are in the summary.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from evaluation.drawings import Drawings, Knowing
 
 from sam_fast import SamPredictor
+from sam_fast.data.sample import Sample
 from sam_fast.evaluation.evaluate import EvaluationSettings, evaluate
 from sam_fast.evaluation.methods import SamMethod, weights_digest
 from sam_fast.evaluation.metrics import mask_iou
@@ -73,6 +75,18 @@ def test_digest_tells_objects_apart() -> None:
     assert digest(Drawings()) == digest(Drawings(), prompts=("box",))
     different = [digest(Drawings()), digest(Drawings(), seed=3), digest(Drawings(), objects_per_image=2)]
     assert len({*different, digest(Drawings(size=(50, 64)))}) == 4
+
+
+def test_digest_tells_images_apart() -> None:
+    """Also where the masks are the same: scenes of another release, say."""
+
+    class Brighter(Drawings):
+        def load(self, index: int, **options: Any) -> Sample:
+            sample = super().load(index, **options)
+            return replace(sample, image=sample.image + np.uint8(1))
+
+    digests = {evaluate(source, Knowing(source)).digest for source in (Drawings(), Brighter(), Brighter())}
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize(
