@@ -16,7 +16,7 @@ _SEED = 0
 # Grids smaller than the default of 32: the demo is to end within a minute on two cores.
 _SETTINGS: dict[str, Any] = {"points_per_side": 16}
 # nano is less sure of itself than the official models: their thresholds would leave little.
-_NANO_SETTINGS: dict[str, Any] = {"points_per_side": 24, "pred_iou_thresh": 0.7, "stability_score_thresh": 0.85}
+NANO_SETTINGS: dict[str, Any] = {"points_per_side": 24, "pred_iou_thresh": 0.7, "stability_score_thresh": 0.85}
 # Random weights answer different prompts with similar masks and low scores: the usual thresholds leave next to none.
 _SEEDED_SETTINGS: dict[str, Any] = {
     "points_per_side": 8,
@@ -53,7 +53,7 @@ def demo(
         from sam_fast.modeling.seeded import seed_weights
 
         seed_weights(model, _SEED)
-    settings = _SEEDED_SETTINGS if seeded else _NANO_SETTINGS if model_type == "nano" else _SETTINGS
+    settings = _SEEDED_SETTINGS if seeded else NANO_SETTINGS if model_type == "nano" else _SETTINGS
     generator = SamAutomaticMaskGenerator(model, **settings)
     started = time.perf_counter()
     records = generator.generate(photo)

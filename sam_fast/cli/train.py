@@ -75,6 +75,9 @@ def train(
     loss_blend: Annotated[
         int, typer.Option("--loss-blend", help="Steps from cross entropy to focal loss, when training from nothing.")
     ] = 0,
+    grouping: Annotated[
+        float, typer.Option("--grouping", help="Weight of a loss on the image embedding, when training from nothing.")
+    ] = 0.0,
     precision: Annotated[TrainPrecision, typer.Option("--precision")] = TrainPrecision.fp32,
     freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="Train prompt encoder and decoder.")] = False,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = True,
@@ -115,6 +118,7 @@ def train(
         clip=clip,
         ema=ema,
         loss_blend=loss_blend,
+        grouping=grouping,
         precision=precision.value,
         freeze_encoder=freeze_encoder,
         flip=flip,

@@ -31,6 +31,8 @@ class TrainingBatch:
         targets: bool [B, K, s, s], at the resolution of the logits: S/4 for patches of 16 pixels.
         points: float32 [B, K, 2], a foreground pixel of each object, (x, y) in pixels of the model input.
         boxes: float32 [B, K, 4], its noised box, XYXY in the same frame.
+        segments: int64 [B, S/16, S/16], per image token the number of the region that lies in the same masks, or -1 if
+            several regions meet in it (and in the padding); see `losses.grouping_loss`.
     """
 
     images: Tensor
@@ -38,6 +40,7 @@ class TrainingBatch:
     targets: Tensor
     points: Tensor
     boxes: Tensor
+    segments: Tensor
 
     @property
     def scale(self) -> int:
@@ -174,7 +177,8 @@ def prepare(
     pixels[:, :height, :width] = image.transpose(2, 0, 1)
     points = np.stack([random_point(padded[i], rng) for i in chosen])
     boxes = np.stack([noised_box(padded[i], side, rng) for i in chosen])
-    return pixels, np.array([height, width]), targets[chosen], points, boxes
+    segments = token_segments(targets, (height // scale, width // scale))
+    return pixels, np.array([height, width]), targets[chosen], points, boxes, segments
 
 
 def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
@@ -182,6 +186,26 @@ def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
     N, H, W = masks.shape
     counts = masks.reshape(N, H // scale, scale, W // scale, scale).sum((2, 4), dtype=np.uint16)
     return 2 * counts >= scale * scale
+
+
+def token_segments(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Number the regions between the outlines of all masks, seen at the resolution of image tokens.
+
+    Args:
+        targets: bool [N, s, s], masks at the resolution of the logits, four of whose pixels are as long as a token.
+        size: (h, w) of the part that is not padding, in the same pixels.
+
+    Returns:
+        int64 [s/4, s/4]; -1 where a token is not all in one region.
+    """
+    code = np.random.default_rng(0).integers(1, 2**40, len(targets))  # sums of different sets of masks differ
+    regions = np.tensordot(code, targets, 1)  # [s, s]
+    regions[size[0] :], regions[:, size[1] :] = -1, -1
+    s = len(regions)
+    cells = regions.reshape(s // 4, 4, s // 4, 4).transpose(0, 2, 1, 3).reshape(s // 4, s // 4, 16)
+    numbers = np.unique(cells[..., 0], return_inverse=True)[1].reshape(s // 4, s // 4)
+    pure = (cells == cells[..., :1]).all(-1) & (cells[..., 0] >= 0)
+    return np.where(pure, numbers, -1).astype(np.int64)
 
 
 def _fit(

@@ -28,6 +28,7 @@ class TrainConfig:
         clip: limit of the gradient's norm; 0 for none.
         ema: decay of the moving average of the weights, which is what is exported; 0 exports the weights themselves.
         loss_blend: steps over which the loss passes from cross entropy to focal, for training from nothing; 0 for none.
+        grouping: weight of `losses.grouping_loss`, for training from nothing.
         precision: fp32, or bf16 for autocast.
         freeze_encoder: leave the image encoder as it is.
         flip: mirror images at random.
@@ -57,6 +58,7 @@ class TrainConfig:
     clip: float = 1.0
     ema: float = 0.999
     loss_blend: int = 0
+    grouping: float = 0.0
     precision: str = "fp32"
     freeze_encoder: bool = False
     flip: bool = True
@@ -77,6 +79,8 @@ class TrainConfig:
         for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.grouping < 0:
+            raise ValueError(f"grouping must not be negative, got {self.grouping}")
         if self.refined is not None and self.refined < 1:
             raise ValueError(f"refined must be at least 1, or None for all, got {self.refined}")
         if self.precision not in ("fp32", "bf16"):

@@ -114,6 +114,36 @@ def prompt_loss(
     return PromptLoss(total=lowest + IOU_WEIGHT * iou_error, mask=lowest, chosen=chosen, iou=iou)
 
 
+def grouping_loss(embedding: Tensor, segments: Tensor, temperature: float = 0.1) -> Tensor:
+    """Supervised contrast of image tokens: those of one segment attract, those of others repel. Not in SAM's paper.
+
+    Minus the mean log-probability of each other token of the same segment, under a softmax of cosine similarities. Half
+    of the embedding's channels take part, so that the others are free for what the mask decoder needs besides. Masks of
+    a few prompts say little about an image; this says of all its tokens what belongs together, at next to no cost.
+
+    Source: Khosla et al., "Supervised Contrastive Learning", 2020, equation 2.
+
+    Args:
+        embedding: [B, C, h, w], of the image encoder.
+        segments: [B, h, w], integers; -1 where a token lies in no single segment.
+        temperature: of the softmax.
+
+    Returns:
+        scalar, the mean over tokens that have company in their segment; 0 if there are none.
+    """
+    tokens = torch.nn.functional.normalize(embedding[:, : embedding.shape[1] // 2].flatten(2).float(), dim=1)
+    segments = segments.flatten(1)
+    logits = tokens.transpose(1, 2) @ tokens / temperature  # [B, P, P]
+    known = segments >= 0
+    apart = ~torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
+    others = known[:, None, :] & known[:, :, None] & apart
+    same = others & (segments[:, :, None] == segments[:, None, :])
+    log_probability = logits - torch.logsumexp(logits.masked_fill(~others, -1e4), dim=2, keepdim=True)
+    company = same.sum(2)
+    losses = -(log_probability * same).sum(2) / company.clamp(min=1)
+    return losses.sum() / (company > 0).sum().clamp(min=1)
+
+
 def _mean_over_pixels(values: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return values.mean((-2, -1))

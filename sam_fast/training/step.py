@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sam_fast.modeling import Sam
 from sam_fast.training.batches import TrainingBatch
-from sam_fast.training.losses import PromptLoss, prompt_loss
+from sam_fast.training.losses import PromptLoss, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
 from sam_fast.training.upscaling import masks_by_products
 
@@ -28,12 +28,14 @@ class StepSettings:
         refined: objects per image that are corrected, of those that are prompted; None is all of them.
         box_share: share of objects whose first prompt is a box rather than a point.
         blend: see `losses.mask_loss`.
+        grouping: weight of `losses.grouping_loss`.
     """
 
     clicks: int = 8
     refined: int | None = None
     box_share: float = 0.5
     blend: float = 1.0
+    grouping: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,11 @@ class InteractiveStep:
             for i in range(len(embeddings))
         ]
         if self.train_encoder:
-            encoded.backward(embeddings.grad)
+            outputs, grads = [encoded], [embeddings.grad]
+            if settings.grouping > 0:
+                outputs.append(scale * settings.grouping * grouping_loss(encoded, batch.segments))
+                grads.append(torch.ones_like(outputs[1]))
+            torch.autograd.backward(outputs, grads)
         columns = ([getattr(s, field.name) for s in statistics] for field in fields(StepStatistics))
         return StepStatistics(*(torch.stack(column).mean() for column in columns))
 

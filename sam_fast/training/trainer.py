@@ -129,7 +129,7 @@ class Trainer:
             group["lr"] = rate * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
         blend = min(1.0, step / config.loss_blend) if config.loss_blend else 1.0
-        settings = StepSettings(config.clicks, config.refined, config.box_share, blend)
+        settings = StepSettings(config.clicks, config.refined, config.box_share, blend, config.grouping)
         gathered: list[StepStatistics] = []
         first = None
         for part in range(config.accumulate):

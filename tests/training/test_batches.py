@@ -9,7 +9,14 @@ from rectangles import Rectangles
 from torch.utils.data import DataLoader
 
 from sam_fast.data.sample import Sample
-from sam_fast.training.batches import Augmentation, TrainingBatch, TrainingBatches, low_resolution, prepare
+from sam_fast.training.batches import (
+    Augmentation,
+    TrainingBatch,
+    TrainingBatches,
+    low_resolution,
+    prepare,
+    token_segments,
+)
 
 
 def make(source=None, **changes) -> TrainingBatches:
@@ -75,10 +82,10 @@ def test_points_lie_on_objects_and_boxes_around_them():
 def test_objects_repeat_only_when_there_are_too_few():
     source = Rectangles()
     rng = np.random.default_rng(0)
-    *_, points, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)  # three objects
-    *_, targets, _, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)
+    *_, points, _, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)  # three objects
+    *_, targets, _, _, _ = prepare(source.load(2), 64, 3, Augmentation(), rng)
     assert len({target.tobytes() for target in targets}) == 3
-    *_, targets, points, _ = prepare(source.load(0), 64, 3, Augmentation(), rng)  # one object
+    *_, targets, points, _, _ = prepare(source.load(0), 64, 3, Augmentation(), rng)  # one object
     assert len({target.tobytes() for target in targets}) == 1
     assert len({tuple(point) for point in points}) > 1, "with other prompts"
 
@@ -97,7 +104,7 @@ def test_flip_moves_image_mask_and_prompts_together():
     sides = set()
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        pixels, _, targets, points, boxes = prepare(Sample(image, mask, ""), 64, 1, Augmentation(flip=True), rng)
+        pixels, _, targets, points, boxes, _ = prepare(Sample(image, mask, ""), 64, 1, Augmentation(flip=True), rng)
         lit = pixels[0] > 0
         assert np.array_equal(low_resolution(lit[None])[0], targets[0])
         x, y = points[0].astype(int)
@@ -126,3 +133,16 @@ def test_samples_without_objects_are_replaced():
         make(Rectangles(empty=True))[0]
     with pytest.raises(ValueError, match="no samples"):
         make(Rectangles(0))
+
+
+def test_token_segments_number_the_regions_between_outlines():
+    targets = np.zeros((3, 16, 16), bool)
+    targets[0, :, :8] = True  # the left half
+    targets[1, 4:8, 4:8] = True  # a token in it
+    targets[2, 10:14, 8:16] = True  # halves of two rows of tokens on the right
+    segments = token_segments(targets, (16, 12))
+    assert segments.shape == (4, 4) and segments.dtype == np.int64
+    left, part, right = segments[0, 0], segments[1, 1], segments[0, 2]
+    assert len({left, part, right, -1}) == 4
+    expected = np.array([[left, left, right, -1], [left, part, right, -1], [left, left, -1, -1], [left, left, -1, -1]])
+    assert np.array_equal(segments, expected), "mixed tokens and the padding on the right are -1"

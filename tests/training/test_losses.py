@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sam_fast.training.losses import dice_loss, focal_loss, mask_loss, prompt_loss, true_iou
+from sam_fast.training.losses import dice_loss, focal_loss, grouping_loss, mask_loss, prompt_loss, true_iou
 
 
 def transcribed_focal(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -114,3 +114,34 @@ def test_empty_masks():
     empty = torch.full((3, 3), -9.0)
     assert true_iou(empty, torch.zeros(3, 3)) == 1
     assert true_iou(empty, torch.ones(3, 3)) == 0
+
+
+def test_grouping_loss_equals_its_formula():
+    """Khosla et al., eq. 2, token by token in float64, over the first half of the channels."""
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(2, 8, 3, 4, generator=generator, dtype=torch.float64)
+    segments = torch.tensor(
+        [[[0, 0, 1, -1], [2, 0, 1, 1], [-1, 3, 3, 0]], [[5, -1, -1, 5], [5, 6, 6, 7], [6, 6, 6, 6]]]
+    )
+    values = []
+    for image, labels in zip(embedding[:, :4], segments, strict=True):
+        tokens = [(image[:, y, x], int(labels[y, x])) for y in range(3) for x in range(4) if labels[y, x] >= 0]
+
+        def similarity(a, b):
+            return math.exp((a @ b / a.norm() / b.norm()).item() / 0.1)
+
+        for i, (anchor, label) in enumerate(tokens):
+            others = [t for j, t in enumerate(tokens) if j != i]
+            whole = sum(similarity(anchor, token) for token, _ in others)
+            terms = [-math.log(similarity(anchor, token) / whole) for token, other in others if other == label]
+            if terms:
+                values.append(sum(terms) / len(terms))
+    assert len(values) == 18, "tokens alone in their segment do not count"
+    assert grouping_loss(embedding, segments).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def test_grouping_loss_without_segments():
+    embedding = torch.randn(1, 8, 2, 2, requires_grad=True)
+    loss = grouping_loss(embedding, torch.full((1, 2, 2), -1))
+    loss.backward()
+    assert loss == 0 and torch.equal(embedding.grad, torch.zeros_like(embedding))

@@ -11,7 +11,7 @@ import torch
 from rectangles import Rectangles, tiny_sam
 
 from sam_fast.training.batches import TrainingBatches
-from sam_fast.training.losses import prompt_loss
+from sam_fast.training.losses import grouping_loss, prompt_loss
 from sam_fast.training.step import InteractiveStep, StepSettings
 from sam_fast.training.upscaling import masks_by_products
 
@@ -155,3 +155,19 @@ def test_bfloat16_autocast():
     assert all(
         torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None
     )
+
+
+def test_grouping_reaches_the_encoder_only():
+    model, batch = tiny_sam(), batch_of()
+    run(model, batch, StepSettings(clicks=0))
+    plain = gradients(model)
+    run(model, batch, StepSettings(clicks=0, grouping=1.0))
+    grouped = gradients(model)
+    model.zero_grad()
+    embedding = model.image_encoder(model.preprocess(batch.images.float()))
+    grouping_loss(embedding, batch.segments).backward()
+    alone = gradients(model)
+    assert alone and all(name.startswith("image_encoder") for name in alone)
+    for name, gradient in grouped.items():
+        expected = plain[name] + alone[name] if name in alone else plain[name]
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6, msg=name)
