@@ -80,7 +80,6 @@ class Canvas:
         self.owner = np.zeros((size, size), np.uint16)
         self.regions: list[Region] = []
         self._leaves = 1
-        self._shadow_levels = [int(style.shadow * value) for value in range(256)]
 
     def paint(self, rng: np.random.Generator, part: Part, colors: np.ndarray, *, flat: bool = False) -> None:
         """Paint an object.
@@ -149,6 +148,7 @@ class Canvas:
         alpha, left, top = raster
         width, height = alpha.size
         window = (left, top, left + width, top + height)
+        coverage = np.asarray(alpha)
         if area < _TINY * self.size**2:
             behind = np.array(self.image.resize((1, 1), Image.Resampling.BOX, window).getpixel((0, 0)), np.float64)
             shift = _separation(color, behind, self.style.contrast)
@@ -157,20 +157,19 @@ class Canvas:
             rng = np.random.Generator(np.random.PCG64(seed))
             texture = fill(rng, self.bank, color, width, height, self.size, calm=calm)
             shade = self._shading(alpha, relief) if relief.bevel > 0.05 and area > 3 * _TINY * self.size**2 else None
-            shift = self._contrast(texture, alpha, window)
+            shift = self._contrast(texture, coverage, window)
             self.image.paste(Image.fromarray(texture.render(shift, shade)), window, alpha)
         owner = self.owner[top : top + height, left : left + width]
-        np.copyto(owner, np.uint16(number), where=np.asarray(alpha) >= 128)
+        np.copyto(owner, np.uint16(number), where=coverage >= 128)
 
-    def _contrast(self, texture: Texture, alpha: Image.Image, window: tuple[int, int, int, int]) -> float:
+    def _contrast(self, texture: Texture, coverage: np.ndarray, window: tuple[int, int, int, int]) -> float:
         """How much lighter or darker a texture must get to stand out from what it will cover."""
-        step = max(1, min(alpha.size) // 10)
-        new = texture.sample(step)
-        side = (new.shape[1], new.shape[0])
-        share = np.asarray(alpha.resize(side, Image.Resampling.NEAREST), np.float32)
-        old = np.asarray(self.image.resize(side, Image.Resampling.NEAREST, window))
-        share /= max(float(share.sum()), 1e-6)
-        return _separation(np.tensordot(share, new), np.tensordot(share, old.astype(np.float32)), self.style.contrast)
+        step = max(1, min(coverage.shape) // 10)
+        share = coverage[::step, ::step].astype(np.float32)
+        old = np.asarray(self.image.resize(share.shape[::-1], Image.Resampling.NEAREST, window))
+        weight = share.ravel() / max(float(share.sum()), 1e-6)
+        mean_new, mean_old = (weight @ pixels.reshape(-1, 3) for pixels in (texture.sample(step), old))
+        return _separation(mean_new, mean_old, self.style.contrast)
 
     def _shading(self, alpha: Image.Image, relief: Relief) -> np.ndarray:
         """A factor [h, w] around 1: the light on a surface that bulges towards its middle, plus a plain gradient."""
@@ -204,8 +203,8 @@ class Canvas:
             side = (max(1, round(alpha.width / step)), max(1, round(alpha.height / step)))
             small = alpha.resize(side, Image.Resampling.BOX)
             at = (round((x - left + margin + shift[0]) / step), round((y - top + margin + shift[1]) / step))
-            sheet.paste(255, at, small)
-        sheet = sheet.filter(ImageFilter.GaussianBlur(soft / step)).point(self._shadow_levels)
+            sheet.paste(round(255 * self.style.shadow), at, small)
+        sheet = sheet.filter(ImageFilter.GaussianBlur(soft / step))
         sheet = sheet.resize((width * step, height * step), Image.Resampling.BILINEAR)
         self.image.paste((12, 12, 18), (left - margin, top - margin), sheet)
 
