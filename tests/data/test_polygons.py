@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -33,7 +33,7 @@ COORDINATES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(polygons_of(COORDINATES), min_size=1, max_size=3), SIZES)
 @example([[0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]], (1, 1))
 @example([[5.0, 5.0] * 4], (10, 10))
