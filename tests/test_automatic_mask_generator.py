@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import TINY, build_official, official, seed_weights
 from pycocotools import mask as coco
+from records import assert_same_mask, assert_same_records
 
 from sam_fast import SamAutomaticMaskGenerator, build_sam_from_config
 from sam_fast.utils.amg import MaskData, rle_to_mask
@@ -46,25 +47,6 @@ def generators(tiny_models, **settings):
     theirs, ours = tiny_models
     settings = {**BASE, **settings}
     return official.SamAutomaticMaskGenerator(theirs, **settings), SamAutomaticMaskGenerator(ours, **settings)
-
-
-def assert_same_mask(mask, expected):
-    """At most 1e-4 of the pixels differ, or two: on the rim of a small mask a logit near 0 may round to either side."""
-    assert mask.dtype == bool and mask.shape == expected.shape
-    assert np.count_nonzero(mask != expected) <= max(2, 1e-4 * np.count_nonzero(mask | expected))
-
-
-def assert_same_records(ours, theirs):
-    assert len(ours) == len(theirs) > 3, "too few records for a comparison"
-    for mine, other in zip(ours, theirs, strict=True):
-        assert list(mine) == list(other)
-        assert mine["bbox"] == other["bbox"] and mine["crop_box"] == other["crop_box"]
-        assert mine["point_coords"] == other["point_coords"]
-        assert mine["area"] == pytest.approx(other["area"], rel=1e-4, abs=2)
-        assert isinstance(mine["area"], int) and all(isinstance(v, int) for v in mine["bbox"])
-        assert mine["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-4)
-        assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=1e-3, nan_ok=True)
-        assert_same_mask(mine["segmentation"], other["segmentation"])
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())

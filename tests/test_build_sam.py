@@ -41,6 +41,7 @@ def test_registry():
         "vit_h": module.build_sam_vit_h,
         "vit_l": module.build_sam_vit_l,
         "vit_b": module.build_sam_vit_b,
+        "nano": module.build_sam_nano,
     }
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sam_fast.cli.console import item_progress, out
 from sam_fast.cli.model import Device
 from sam_fast.cli.train import TrainPrecision, build_model
+from sam_fast.cli.training_run import run_to_the_end
 
 _BATCH_OF_PAPER = 256  # images per step, for which the paper states its learning rate
 
@@ -108,38 +106,8 @@ def pretrain(
             workers=workers,
         )
         trainer = Pretrainer(sam, source, config, output, world)
-        with ExitStack() as stack:
-            if world.is_main:
-                trainer.report = stack.enter_context(_Progress(trainer.step, steps))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, lambda *_: trainer.stop()))
-            done = trainer.run(max_minutes)
-        if world.is_main:
-            out().print(f"{done} of {steps} steps, {trainer.seconds / 60:.1f} minutes; {output / WEIGHTS}")
-            if done < steps:
-                out().print("the same command goes on")
+        run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
 
 
-class _Progress:
-    """A bar over steps with the last row of the log; where there is no terminal, a line per row."""
-
-    def __init__(self, done: int, steps: int) -> None:
-        self._bar = item_progress()
-        self._task = self._bar.add_task("pre-training", total=steps, completed=done)
-
-    def __enter__(self) -> Callable[[int, Mapping[str, float] | None], None]:
-        self._bar.__enter__()
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _show(self, step: int, row: Mapping[str, float] | None) -> None:
-        self._bar.update(self._task, completed=step)
-        if row is None:
-            return
-        line = f"loss {row['loss']:.4f}  {row['images_per_second']:.1f} images/s"
-        if self._bar.disable:
-            out().print(f"step {step}  {line}")
-        else:
-            self._bar.update(self._task, description=line)
+def _describe(row: Mapping[str, float]) -> str:
+    return f"loss {row['loss']:.4f}  {row['images_per_second']:.1f} images/s"

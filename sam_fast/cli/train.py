@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam_fast.cli.console import item_progress, out
 from sam_fast.cli.model import Device
+from sam_fast.cli.training_run import run_to_the_end
 
 if TYPE_CHECKING:
     from sam_fast.modeling import Sam
@@ -63,6 +61,9 @@ def train(
     refined: Annotated[
         int | None, typer.Option("--refined", help="Objects per image that are corrected.", show_default="all")
     ] = None,
+    correction_weight: Annotated[
+        float, typer.Option("--correction-weight", help="Weight of the loss of corrections; less while they are new.")
+    ] = 1.0,
     box_share: Annotated[float, typer.Option("--box-share", help="Share of first prompts that are boxes.")] = 0.5,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 8e-4,
     schedule: Annotated[Schedule, typer.Option("--schedule", help="Learning rate after warm-up.")] = Schedule.step,
@@ -108,6 +109,7 @@ def train(
         smallest=smallest,
         clicks=clicks,
         refined=refined,
+        correction_weight=correction_weight,
         box_share=box_share,
         lr=lr,
         schedule=schedule.value,
@@ -133,16 +135,7 @@ def train(
     with join_world(device) as world:
         model = build_model(model_type, image_size, checkpoint, seed).to(world.device)
         trainer = Trainer(model, source, config, output, world)
-        with ExitStack() as stack:
-            if world.is_main:
-                trainer.report = stack.enter_context(_Progress(trainer.step, config.steps))
-            for number in (signal.SIGINT, signal.SIGTERM):
-                stack.callback(signal.signal, number, signal.signal(number, lambda *_: trainer.stop()))
-            done = trainer.run(max_minutes)
-        if world.is_main:
-            out().print(f"{done} of {config.steps} steps, {trainer.seconds / 60:.1f} minutes; {output / WEIGHTS}")
-            if done < config.steps:
-                out().print("the same command goes on")
+        run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
 
 
 def build_model(model_type: str, image_size: int | None, checkpoint: Path | None, seed: int) -> Sam:
@@ -172,29 +165,8 @@ def build_model(model_type: str, image_size: int | None, checkpoint: Path | None
     return model
 
 
-class _Progress:
-    """A bar over steps with the last row of the log; where there is no terminal, a line per row."""
-
-    def __init__(self, done: int, steps: int) -> None:
-        self._bar = item_progress()
-        self._task = self._bar.add_task("training", total=steps, completed=done)
-
-    def __enter__(self) -> Callable[[int, Mapping[str, float] | None], None]:
-        self._bar.__enter__()
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def _show(self, step: int, row: Mapping[str, float] | None) -> None:
-        self._bar.update(self._task, completed=step)
-        if row is None:
-            return
-        line = (
-            f"loss {row['loss']:.3f}  IoU {row['first_iou']:.3f}, best of 3 {row['best_iou']:.3f}, "
-            f"corrected {row['last_iou']:.3f}  {row['images_per_second']:.2f} images/s"
-        )
-        if self._bar.disable:
-            out().print(f"step {step}  {line}")
-        else:
-            self._bar.update(self._task, description=line)
+def _describe(row: Mapping[str, float]) -> str:
+    return (
+        f"loss {row['loss']:.3f}  IoU {row['first_iou']:.3f}, best of 3 {row['best_iou']:.3f}, "
+        f"corrected {row['last_iou']:.3f}  {row['images_per_second']:.2f} images/s"
+    )

@@ -17,6 +17,7 @@ class TrainConfig:
         smallest: pixels of the logits that an object must cover to be trained on.
         clicks: corrections per object after its first prompt.
         refined: objects per image that are corrected; None is all of them.
+        correction_weight: weight of the loss of corrections; see `step.StepSettings`.
         box_share: share of first prompts that are boxes.
         lr: peak learning rate of AdamW.
         schedule: cosine, linear, step or constant; see `optim.learning_rate`.
@@ -47,6 +48,7 @@ class TrainConfig:
     smallest: int = 1
     clicks: int = 8
     refined: int | None = None
+    correction_weight: float = 1.0
     box_share: float = 0.5
     lr: float = 8e-4
     schedule: str = "step"
@@ -79,8 +81,9 @@ class TrainConfig:
         for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.grouping < 0:
-            raise ValueError(f"grouping must not be negative, got {self.grouping}")
+        for name in ("grouping", "correction_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.refined is not None and self.refined < 1:
             raise ValueError(f"refined must be at least 1, or None for all, got {self.refined}")
         if self.precision not in ("fp32", "bf16"):

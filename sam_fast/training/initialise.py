@@ -17,8 +17,13 @@ def initialise_weights(model: Sam) -> None:
 
     Uniform Xavier matrices with zero biases, the patch embedding as the matrix it is, and absolute positions that begin
     as sines and cosines of row and column (He et al., "Masked Autoencoders", 2022, appendix A). Relative positions stay
-    zero; everything behind the blocks keeps PyTorch's initialisation, as in the official code.
+    zero; everything behind the blocks keeps PyTorch's initialisation, as in the official code, but for the last layer of
+    the mask prompt's branch: any mask begins as "no mask", lest a random one drown the image when corrections begin.
     """
+    branch = model.prompt_encoder.mask_downscaling[-1]
+    assert isinstance(branch, nn.Conv2d) and branch.bias is not None
+    nn.init.zeros_(branch.weight)
+    branch.bias.copy_(model.prompt_encoder.no_mask_embed.weight[0])
     encoder = model.image_encoder
     if not isinstance(encoder, ImageEncoderViT):
         return

@@ -28,6 +28,8 @@ class StepSettings:
         refined: objects per image that are corrected, of those that are prompted; None is all of them.
         box_share: share of objects whose first prompt is a box rather than a point.
         blend: see `losses.mask_loss`.
+        correction_weight: weight of the passes after the first; 1 in the paper. Less, while they are new to a model,
+            keeps their large gradients from undoing what it knows.
         grouping: weight of `losses.grouping_loss`.
     """
 
@@ -35,6 +37,7 @@ class StepSettings:
     refined: int | None = None
     box_share: float = 0.5
     blend: float = 1.0
+    correction_weight: float = 1.0
     grouping: float = 0.0
 
 
@@ -149,8 +152,10 @@ class InteractiveStep:
             objects, logits, predicted = objects.select(rows), logits[rows], predicted[rows]
         for new_click in passes:
             _feed_back(objects, logits, predicted, new_click, generator, valid, scale=batch.scale)
-            loss, logits, predicted = self._learn(embedding, objects, valid, settings, scale)
-            total, last = total + loss.total.mean(), loss.iou[:, 0]
+            loss, logits, predicted = self._learn(
+                embedding, objects, valid, settings, scale * settings.correction_weight
+            )
+            total, last = total + settings.correction_weight * loss.total.mean(), loss.iou[:, 0]
         return StepStatistics(
             loss=total.detach(),
             first_iou=confident.mean(),

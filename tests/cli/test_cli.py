@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import sam_fast
 from sam_fast.cli import app
 
-COMMANDS = ("amg", "predict", "download", "export-onnx", "doctor", "demo")
+COMMANDS = ("amg", "predict", "train", "pretrain", "eval", "download", "export-onnx", "doctor", "demo")
 
 
 def test_help_names_every_command(cli: Any) -> None:

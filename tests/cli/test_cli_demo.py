@@ -20,6 +20,13 @@ def shown_masks(picture: Path, photo: np.ndarray) -> np.ndarray:
     return np.abs(right - photo).sum(-1) > 60
 
 
+def test_nano_needs_nothing_but_the_package(cli: Any, tmp_path: Path, photo: np.ndarray) -> None:
+    text = cli("demo", "--output", tmp_path, "--device", "cpu")
+    assert "by nano on cpu" in text and "random" not in text
+    assert int(text.split(" masks of astronaut (512 x 512)")[0].split()[-1]) > 3
+    assert 0.1 < shown_masks(tmp_path / "astronaut_masks.jpg", photo).mean() < 1
+
+
 def test_without_a_checkpoint_it_says_that_the_weights_are_random(cli: Any, tmp_path: Path, photo: np.ndarray) -> None:
     text = cli("demo", "--output", tmp_path / "new", "--model-type", "tiny", "--device", "cpu")
     picture = tmp_path / "new" / "astronaut_masks.jpg"

@@ -171,3 +171,17 @@ def test_grouping_reaches_the_encoder_only():
     for name, gradient in grouped.items():
         expected = plain[name] + alone[name] if name in alone else plain[name]
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_corrections_may_weigh_less():
+    model, batch = tiny_sam(), batch_of()
+    found = {}
+    for weight in (0.0, 0.5, 1.0):
+        run(model, batch, StepSettings(clicks=1, correction_weight=weight))
+        found[weight] = gradients(model)
+    run(model, batch, StepSettings(clicks=0))
+    alone = gradients(model)
+    for name, gradient in found[1.0].items():
+        torch.testing.assert_close(found[0.0][name], alone.get(name, torch.zeros_like(gradient)), msg=name)
+        middle = (found[0.0][name] + gradient) / 2
+        torch.testing.assert_close(found[0.5][name], middle, rtol=1e-3, atol=1e-5, msg=name)

@@ -21,7 +21,8 @@ from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import make_scene
 from sam_fast.training.config import TrainConfig
 from sam_fast.training.initialise import initialise_weights
-from sam_fast.training.trainer import CHECKPOINT, WEIGHTS, Trainer
+from sam_fast.training.run import CHECKPOINT
+from sam_fast.training.trainer import WEIGHTS, Trainer
 
 CONFIG = TrainConfig(
     steps=6,
