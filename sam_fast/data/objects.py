@@ -106,14 +106,14 @@ def _banded(rng: np.random.Generator, held_out: bool) -> Part:
     wave = rng.uniform(0, 0.15) * np.sin(rng.uniform(1, 6) * x + rng.uniform(0, 6))
     for color, (low, high) in enumerate(spans, 1):
         upper, lower = np.stack([x, low + wave], 1), np.stack([x, high + wave], 1)[::-1]
-        zone = [Contour(np.concatenate([upper, lower]))]
+        zone: Shape = [Contour(np.concatenate([upper, lower]))]
         whole.parts.append(Part(_inside(zone, 0, 0, 1, angle=angle), color=color, clip=True, family="band"))
     return whole
 
 
 def _face(rng: np.random.Generator, held_out: bool) -> Part:
     """A head with eyes (and pupils), mouth, nose, ears or hair: faces, animals, plugs, fronts of cars."""
-    head = Part([_ for _ in draw_family(rng, compact=True, held_out=held_out)[1]], family="face")
+    head = Part(draw_family(rng, compact=True, held_out=held_out)[1], family="face")
     if rng.random() < 0.5:
         head.shape = ellipse(0, 0, rng.uniform(0.7, 1), 1)
     gap, height, radius = rng.uniform(0.2, 0.45), rng.uniform(-0.4, 0.0), rng.uniform(0.08, 0.22)

@@ -15,7 +15,7 @@ from sam_fast.data.canvas import Canvas, Region, Style
 from sam_fast.data.degrade import degrade
 from sam_fast.data.objects import Part, make_object
 from sam_fast.data.sample import Sample, choose_masks
-from sam_fast.data.shapes import Contour, Placement, ragged_line
+from sam_fast.data.shapes import Contour, Placement, Shape, ragged_line
 from sam_fast.data.textures import cut, palette, texture_bank
 
 LEAST_AREA = 48 / 256**2  # smaller visible regions have no mask, as a share of the image
@@ -168,7 +168,7 @@ def _paint_background(rng: np.random.Generator, canvas: Canvas, colors: np.ndarr
     return None if turned else float(heights[-1])
 
 
-def _ground(rng: np.random.Generator, height: float, turned: bool) -> list[Contour]:
+def _ground(rng: np.random.Generator, height: float, turned: bool) -> Shape:
     """Everything below a straight, wavy or ragged line."""
     x = np.linspace(-0.1, 1.1, 81)
     y = height + rng.choice([0.0, rng.normal(0, 0.12)]) * (x - 0.5)
