@@ -1,7 +1,8 @@
 """Procedural scenes per second on one core: `python -m benchmarks.scenes`.
 
 There is no peer: a row's time is that of one scene, the median over different scenes, JPEG round trip and all masks
-included. It is processor time of the one thread, as a loader's neighbours usually keep the machine busy. The gate is that a scene comes out twice the same and that its masks are not empty.
+included. It is processor time of the one thread, as a loader's neighbours usually keep the machine busy. The gate is
+that a scene comes out twice the same and that its masks are not empty.
 """
 
 from __future__ import annotations
