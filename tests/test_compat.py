@@ -61,7 +61,7 @@ assert SamClass is Sam is sam_fast.modeling.Sam is sam_fast.modeling.sam.Sam
 assert SamOnnxModel is sam_fast.utils.onnx.SamOnnxModel
 assert amg.MaskData is MaskData is sam_fast.utils.amg.MaskData
 assert transforms.ResizeLongestSide is ResizeLongestSide
-assert set(sam_model_registry) == {"default", "vit_h", "vit_l", "vit_b"}
+assert set(sam_model_registry) == {"default", "vit_h", "vit_l", "vit_b", "nano"}
 # The modules still know themselves by their own names.
 assert sam_fast.__spec__.name == sam_fast.__name__ == "sam_fast"
 assert sam_fast.modeling.sam.__spec__.name == sam_fast.modeling.sam.__name__ == "sam_fast.modeling.sam"

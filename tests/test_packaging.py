@@ -104,7 +104,8 @@ def test_wheel_holds_the_package_and_no_sources(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "sam_fast/kernels/__init__.py" in names
-    assert "sam_fast/assets/photos/astronaut.jpg" in names
+    for name in ("photos/astronaut.jpg", "photos/objects.json", "textures/grass.jpg", "nano/model.safetensors"):
+        assert f"sam_fast/assets/{name}" in names
     assert [name for name in names if re.fullmatch(r"sam_fast/_C\.[\w-]+\.so", name)]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sam_fast"}
@@ -148,6 +149,7 @@ print(json.dumps({
     "files": [sam_fast.__file__, native.module().__file__, sam_fast.kernels.__file__],
     "level": native.cpu_level(),
     "photos": sizes,
+    "nano": sum(p.numel() for p in sam_fast.sam_model_registry["nano"]().parameters()),
     "kept": nms(boxes, torch.tensor([0.5, 0.9, 0.7]), 0.5, backend="native").tolist(),
 }))
 """
@@ -156,6 +158,7 @@ print(json.dumps({
         assert Path(file).is_relative_to(environment)
     assert report["level"] in ("base", "avx2", "avx512")
     assert report["photos"]["astronaut.jpg"] == [512, 512]
+    assert report["nano"] > 11e6
     assert report["kept"] == [1, 2]
 
 

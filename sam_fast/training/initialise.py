@@ -17,7 +17,7 @@ def initialise_weights(model: Sam) -> None:
 
     Uniform Xavier matrices with zero biases, the patch embedding as the matrix it is, and absolute positions that begin
     as sines and cosines of row and column (He et al., "Masked Autoencoders", 2022, appendix A). Relative positions stay
-    zero; everything behind the blocks keeps PyTorch's initialisation, as in the official code, but for the last layer of
+    zero; everything behind the blocks keeps PyTorch's initialisation, as in the official code, but the last layer of
     the mask prompt's branch: any mask begins as "no mask", lest a random one drown the image when corrections begin.
     """
     branch = model.prompt_encoder.mask_downscaling[-1]

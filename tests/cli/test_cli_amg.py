@@ -178,7 +178,7 @@ def test_official_flags_reach_the_generator(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--model-type", "vit_x"), "one of default, tiny, vit_b, vit_h, vit_l, got 'vit_x'"),
+        (("--model-type", "vit_x"), "one of default, nano, tiny, vit_b, vit_h, vit_l, got 'vit_x'"),
         (("--checkpoint", "missing.pth"), "no checkpoint at missing.pth"),
         (("--device", "tpu!"), "--device must be like cpu"),
         (("--device", "cuda:77"), "cuda:77"),
