@@ -65,7 +65,7 @@ def draw_curve(logs: list[Path]) -> Image.Image:
     for border in borders:
         x = left + border / offset * (right - left)
         draw.line((x, top, x, bottom), (200, 200, 200))
-        draw.text((x - 34, bottom + 8), f"{border:.0f} min", "black", font)
+    draw.text((right - 60, bottom + 8), f"{offset:.0f} min", "black", font)
     for (name, points), color in zip(curves.items(), ((31, 119, 180), (44, 160, 44)), strict=True):
         line = [(left + x / offset * (right - left), bottom - y * (bottom - top)) for x, y in points]
         draw.line(line, color, 3)

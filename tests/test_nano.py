@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 
-import numpy as np
 import pytest
 import torch
 from oracle import build_official, official
 from records import assert_same_records
 
-from sam_fast import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from sam_fast import SamAutomaticMaskGenerator, sam_model_registry
 from sam_fast.build_sam import NANO, build_sam_from_config, build_sam_nano
 from sam_fast.cli.demo import NANO_SETTINGS
 from sam_fast.data.scenes import SceneSource
@@ -59,11 +58,3 @@ def test_the_generator_equals_the_official_one(nano, photo):
     settings = {**NANO_SETTINGS, "points_per_side": 10}
     ours = SamAutomaticMaskGenerator(nano, **settings).generate(photo)
     assert_same_records(ours, official.SamAutomaticMaskGenerator(theirs, **settings).generate(photo))
-
-
-def test_a_click_on_a_face(nano, photo):
-    predictor = SamPredictor(nano)
-    predictor.set_image(photo)
-    masks, scores, _ = predictor.predict(np.array([[225, 115]]), np.array([1]))
-    best = masks[scores.argmax()]
-    assert best[115, 225] and 0.005 < best.mean() < 0.6

@@ -269,7 +269,7 @@ def _stroke(rng: np.random.Generator) -> Shape:
 
 def _ring(rng: np.random.Generator) -> Shape:
     outer = [_ellipse, _rounded, _blob][int(rng.integers(3))](rng)[0]
-    inner = replace(outer, points=outer.points * rng.uniform(0.35, 0.85) + rng.uniform(-0.05, 0.05, 2), fill=False)
+    inner = Contour(outer.points * rng.uniform(0.35, 0.85) + rng.uniform(-0.05, 0.05, 2), fill=False)
     return [outer, inner]
 
 
