@@ -107,7 +107,7 @@ def test_a_killed_process_goes_on(tmp_path):
 def test_overfits_one_scene(tmp_path):
     """A small model learns one procedural scene by heart, and the predictor then finds every object in it."""
     scene = make_scene(0, 2, size=128)
-    large = scene.masks.sum((1, 2)) >= 800  # 5% of the scene: the rim weighs little
+    large = scene.masks.sum((1, 2)) >= 2000  # an eighth of the scene: the rim weighs little
     scene = Sample(scene.image, scene.masks[large], scene.name)
     assert len(scene.masks) >= 4
 
@@ -125,7 +125,8 @@ def test_overfits_one_scene(tmp_path):
     initialise_weights(model)
     config = TrainConfig(
         steps=150,
-        prompts=6,
+        prompts=4,
+        box_share=1.0,
         clicks=0,
         lr=1e-3,
         schedule="cosine",
@@ -147,9 +148,8 @@ def test_overfits_one_scene(tmp_path):
     for mask in scene.masks:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         box = np.array([columns[0], rows[0], columns[-1], rows[-1]])
-        predicted, scores, _ = predictor.predict(box=box)
-        best = predicted[scores.argmax()]
-        ious.append((best & mask).sum() / (best | mask).sum())
+        predicted, _, _ = predictor.predict(box=box, multimask_output=False)
+        ious.append((predicted[0] & mask).sum() / (predicted[0] | mask).sum())
     assert np.mean(ious) > 0.95, ious
 
 
