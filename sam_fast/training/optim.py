@@ -46,7 +46,7 @@ def parameter_groups(
 
 
 def _is_embedding(name: str) -> bool:
-    return "pos" in name or "embed.weight" in name or "embeddings." in name or "token" in name.rsplit(".", 2)[-2]
+    return "pos" in name or "embed.weight" in name or "embeddings." in name or "token" in name.split(".")[-2:][0]
 
 
 def learning_rate(step: int, *, base: float, warmup: int, steps: int, schedule: str, final: float = 0.01) -> float:

@@ -27,6 +27,10 @@ def test_groups_hold_every_parameter_once_with_its_layers_rate():
     assert settings[id(decoder.transformer.layers[0].cross_attn_token_to_image.q_proj.weight)] == (1.0, 0.1)
     assert settings[id(model.prompt_encoder.point_embeddings[2].weight)] == (1.0, 0.0)
     assert settings[id(model.prompt_encoder.no_mask_embed.weight)] == (1.0, 0.0)
+    model.extra = torch.nn.Parameter(torch.ones(2, 2))  # a name without a module before it
+    extra = parameter_groups(model, encoder, weight_decay=0.1, layer_decay=0.5)
+    assert [g["weight_decay"] for g in extra if any(p is model.extra for p in g["params"])] == [0.1]
+    del model.extra
     encoder.requires_grad_(False)
     frozen = parameter_groups(model, encoder, weight_decay=0.1, layer_decay=0.5)
     assert {group["lr_scale"] for group in frozen} == {1.0}
