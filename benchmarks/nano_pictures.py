@@ -43,7 +43,10 @@ def draw_clicks(predictor: SamPredictor, image: np.ndarray, masks: np.ndarray, c
 
 
 def draw_curve(logs: list[Path]) -> Image.Image:
-    """IoU of the first answer over the minutes of training, the logs one after the other, averaged over 20 rows."""
+    """IoU of the first answer over the minutes of training, the logs one after the other, averaged over 10 rows.
+
+    Steps without prompts have no IoU (NaN), and leave a gap.
+    """
     canvas = Image.new("RGB", (900, 420), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
     left, top, right, bottom = 60, 30, 880, 370
@@ -52,8 +55,8 @@ def draw_curve(logs: list[Path]) -> Image.Image:
     for path in logs:
         with open(path, newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        for i in range(0, len(rows), 20):
-            chunk = rows[i : i + 20]
+        for i in range(0, len(rows), 10):
+            chunk = rows[i : i + 10]
             for name, points in curves.items():
                 points.append((offset + chunk[-1]["seconds"] / 60, sum(r[name] for r in chunk) / len(chunk)))
         offset += rows[-1]["seconds"] / 60
@@ -67,7 +70,7 @@ def draw_curve(logs: list[Path]) -> Image.Image:
         draw.line((x, top, x, bottom), (200, 200, 200))
     draw.text((right - 60, bottom + 8), f"{offset:.0f} min", "black", font)
     for (name, points), color in zip(curves.items(), ((31, 119, 180), (44, 160, 44)), strict=True):
-        line = [(left + x / offset * (right - left), bottom - y * (bottom - top)) for x, y in points]
+        line = [(left + x / offset * (right - left), bottom - y * (bottom - top)) for x, y in points if not np.isnan(y)]
         draw.line(line, color, 3)
         label = {"first_iou": "highest predicted IoU", "best_iou": "best of 3"}[name]
         draw.text((left + 10 + 230 * (name == "best_iou"), top - 24), label, color, font)

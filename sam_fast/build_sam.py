@@ -22,6 +22,8 @@ class SamConfig:
     Sizes are in pixels (`image_size`, `patch_size`), tokens (`window_size`) or channels (`embed_dim`,
     `prompt_embed_dim`, `mask_in_chans`, `decoder_mlp_dim`). Blocks listed in `global_attn_indexes` attend to the whole
     image, the others to windows of `window_size` x `window_size` tokens (to the whole image where it is 0).
+    `stem_channels` are those of the convolutions before the patches (`image_encoder.ConvStem`), none in the official
+    models.
 
     Raises:
         ValueError: the numbers do not fit together.
@@ -40,9 +42,11 @@ class SamConfig:
     decoder_depth: int = 2
     decoder_num_heads: int = 8
     decoder_mlp_dim: int = 2048
+    stem_channels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "global_attn_indexes", tuple(self.global_attn_indexes))
+        object.__setattr__(self, "stem_channels", tuple(self.stem_channels))
         if self.image_size <= 0 or self.patch_size <= 0 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size must be a multiple of patch_size, got {self.image_size} and {self.patch_size}"
@@ -53,7 +57,15 @@ class SamConfig:
             raise ValueError(f"global_attn_indexes must lie in 0..{self.depth - 1}, got {self.global_attn_indexes}")
 
 
-NANO = SamConfig(embed_dim=256, depth=8, num_heads=4, global_attn_indexes=(3, 5, 7), image_size=512, window_size=8)
+NANO = SamConfig(
+    embed_dim=256,
+    depth=6,
+    num_heads=4,
+    global_attn_indexes=(2, 3, 5),
+    image_size=512,
+    window_size=8,
+    stem_channels=(32, 64, 128),
+)
 VIT_B = SamConfig(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))
 VIT_L = SamConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
 VIT_H = SamConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
@@ -97,7 +109,7 @@ def build_sam_vit_b(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
 
 
 def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
-    """Build nano, 11.5 million parameters for images of 512 px, with the weights that come with the package.
+    """Build nano, 9.4 million parameters for images of 512 px, with the weights that come with the package.
 
     Args:
         checkpoint: other weights of this architecture instead.
@@ -133,6 +145,7 @@ def _build_stages(config: SamConfig) -> tuple[ImageEncoderViT, PromptEncoder, Ma
         use_rel_pos=True,
         window_size=config.window_size,
         global_attn_indexes=config.global_attn_indexes,
+        stem_channels=config.stem_channels,
     )
     prompt_encoder = PromptEncoder(
         embed_dim=config.prompt_embed_dim,

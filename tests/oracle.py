@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sam_fast.build_sam import SamConfig
+from sam_fast.build_sam import SamConfig, build_sam_from_config
 from sam_fast.modeling.seeded import seed_weights
 
 __all__ = ["TINY", "build_official", "official", "relative_error", "seed_weights"]
@@ -107,7 +107,10 @@ official = _import_official()
 
 
 def build_official(config: SamConfig) -> nn.Module:
-    """The official `Sam` of any configuration, in eval mode."""
+    """The official `Sam` of any configuration, in eval mode.
+
+    The official code has no encoder with a convolutional stem: where the configuration asks for one, it is ours.
+    """
     from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     grid = config.image_size // config.patch_size
@@ -141,6 +144,8 @@ def build_official(config: SamConfig) -> nn.Module:
             ),
         ),
     )
+    if config.stem_channels:
+        sam.image_encoder = build_sam_from_config(config).image_encoder
     return sam.eval()
 
 

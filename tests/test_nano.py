@@ -34,7 +34,7 @@ def test_the_registry_gives_trained_weights_in_float32(nano):
     assert nano.image_encoder.img_size == NANO.image_size == 512
 
 
-def test_it_is_a_model_of_the_official_code(nano):
+def test_the_official_prompt_encoder_and_mask_decoder_hold_its_weights(nano):
     theirs = build_official(NANO)
     theirs.load_state_dict(nano.state_dict())
 

@@ -18,8 +18,8 @@ _SETTINGS: dict[str, Any] = {"points_per_side": 16}
 # nano predicts far lower IoU than the official models, and its logits are shallow: their thresholds leave nothing.
 NANO_SETTINGS: dict[str, Any] = {
     "points_per_side": 24,
-    "pred_iou_thresh": 0.2,
-    "stability_score_thresh": 0.6,
+    "pred_iou_thresh": 0.35,
+    "stability_score_thresh": 0.7,
     "stability_score_offset": 0.3,
     "box_nms_thresh": 0.5,
 }

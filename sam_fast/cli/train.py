@@ -77,8 +77,11 @@ def train(
         int, typer.Option("--loss-blend", help="Steps from cross entropy to focal loss, when training from nothing.")
     ] = 0,
     grouping: Annotated[
-        float, typer.Option("--grouping", help="Weight of a loss on the image embedding, when training from nothing.")
+        float, typer.Option("--grouping", help="Weight of a loss on which pixels resemble, when training from nothing.")
     ] = 0.0,
+    grouping_steps: Annotated[
+        int, typer.Option("--grouping-steps", help="First steps, which train nothing but that loss.")
+    ] = 0,
     precision: Annotated[TrainPrecision, typer.Option("--precision")] = TrainPrecision.fp32,
     freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="Train prompt encoder and decoder.")] = False,
     flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = True,
@@ -121,6 +124,7 @@ def train(
         ema=ema,
         loss_blend=loss_blend,
         grouping=grouping,
+        grouping_steps=grouping_steps,
         precision=precision.value,
         freeze_encoder=freeze_encoder,
         flip=flip,

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from sam_fast.modeling.layers import DropPath, LayerNorm2d, MLPBlock
 
+_FINE = 9  # layers of a `ConvStem` up to its second stage: three convolutions, each with norm and activation
+
 
 class ImageEncoderViT(nn.Module):
     """Turns a normalised image [B, 3, S, S] into its embedding [B, out_chans, S/patch, S/patch].
@@ -36,6 +38,8 @@ class ImageEncoderViT(nn.Module):
         rel_pos_zero_init: accepted for compatibility; relative positions always begin at zero.
         window_size: side of an attention window, in tokens; 0 makes every block global.
         global_attn_indexes: blocks that attend to the whole image.
+        stem_channels: channels of the convolutions before the patches are projected, see `ConvStem`; none in the
+            official models.
     """
 
     def __init__(
@@ -56,12 +60,19 @@ class ImageEncoderViT(nn.Module):
         rel_pos_zero_init: bool = True,
         window_size: int = 0,
         global_attn_indexes: tuple[int, ...] = (),
+        stem_channels: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
         self.img_size = img_size
         self.patch_size = patch_size
+        self.in_chans = in_chans
         grid = img_size // patch_size
-        self.patch_embed = PatchEmbed((patch_size, patch_size), (patch_size, patch_size), (0, 0), in_chans, embed_dim)
+        self.patch_embed: PatchEmbed | ConvStem
+        if stem_channels:
+            self.patch_embed = ConvStem(patch_size, in_chans, stem_channels, embed_dim)
+        else:
+            sides = (patch_size, patch_size)
+            self.patch_embed = PatchEmbed(sides, sides, (0, 0), in_chans, embed_dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, embed_dim)) if use_abs_pos else None
         windows = [0 if index in global_attn_indexes else window_size for index in range(depth)]
         self.blocks = nn.ModuleList(
@@ -79,12 +90,15 @@ class ImageEncoderViT(nn.Module):
             )
             for window in windows
         )
-        self.neck = nn.Sequential(
-            nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
-            LayerNorm2d(out_chans),
-            nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(out_chans),
-        )
+        if stem_channels:
+            self.neck: nn.Module = FoldingNeck(stem_channels, patch_size, embed_dim, out_chans)
+        else:
+            self.neck = nn.Sequential(
+                nn.Conv2d(embed_dim, out_chans, kernel_size=1, bias=False),
+                LayerNorm2d(out_chans),
+                nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1, bias=False),
+                LayerNorm2d(out_chans),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode images.
@@ -102,12 +116,17 @@ class ImageEncoderViT(nn.Module):
             raise ValueError(
                 f"images must be [B, C, H, W] with H and W multiples of {self.patch_size}, got {tuple(x.shape)}"
             )
-        x = self.patch_embed(x)  # [B, H, W, C], H and W in tokens from here on
+        if isinstance(self.patch_embed, ConvStem):
+            x, fine = self.patch_embed.with_details(x)
+        else:
+            x, fine = self.patch_embed(x), None
+        # x is [B, H, W, C], H and W in tokens, from here on.
         if self.pos_embed is not None:
             x = x + resize_absolute_positions(self.pos_embed, (x.shape[1], x.shape[2]))
         for block in self.blocks:
             x = block(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        x = x.permute(0, 3, 1, 2)
+        return self.neck(x) if fine is None else self.neck(x, fine)
 
 
 class PatchEmbed(nn.Module):
@@ -126,6 +145,91 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).permute(0, 2, 3, 1)
+
+
+class ConvStem(nn.Module):
+    """Turns an image into tokens by convolutions, [B, 3, H, W] -> [B, H/patch, W/patch, C].
+
+    Each stage halves the sides by a 3x3 convolution; the patches that are left are projected to tokens. Where training
+    is short, edges and textures are learnt far sooner so than by one projection of whole patches.
+    Source: Xiao et al., "Early Convolutions Help Transformers See Better", 2021.
+
+    Args:
+        patch_size: side of a token in pixels.
+        in_chans: channels of the image.
+        stem_channels: channels of each stage; the stages after the first add a convolution that keeps the sides.
+        embed_dim: C, channels of a token.
+
+    Raises:
+        ValueError: 2^stages does not divide `patch_size`.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, stem_channels: tuple[int, ...], embed_dim: int) -> None:
+        super().__init__()
+        side, rest = divmod(patch_size, 2 ** len(stem_channels))
+        if side == 0 or rest:
+            raise ValueError(f"{len(stem_channels)} halvings do not fit into patches of {patch_size} pixels")
+        layers: list[nn.Module] = []
+        before = in_chans
+        for stage, channels in enumerate(stem_channels):
+            for stride in (2, 1) if stage else (2,):
+                layers += [
+                    nn.Conv2d(before, channels, kernel_size=3, stride=stride, padding=1),
+                    LayerNorm2d(channels),
+                    nn.GELU(),
+                ]
+                before = channels
+        self.layers = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(before, embed_dim, kernel_size=side, stride=side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_details(x)[0]
+
+    def with_details(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens [B, H/patch, W/patch, C], and the pixels after the second stage [B, channels, H/4, W/4]."""
+        # Channels last is what the normalisation between the convolutions wants.
+        fine = self.layers[:_FINE](x.contiguous(memory_format=torch.channels_last))
+        return self.proj(self.layers[_FINE:](fine)).permute(0, 2, 3, 1), fine
+
+
+class FoldingNeck(nn.Module):
+    """Makes the embedding of what can be told at a quarter of the image's resolution.
+
+    What the stem saw there and what the blocks say of the tokens around (bilinear) are added up as in a feature
+    pyramid (Lin et al., "Feature Pyramid Networks", 2017) and convolved. Each pixel then becomes a few channels of the
+    token that it lies in (space to depth), for the upscaling of the mask decoder to unfold.
+
+    Args:
+        stem_channels: see `ConvStem`.
+        patch_size: side of a token in pixels.
+        embed_dim: channels of a token.
+        out_chans: C, channels of the embedding.
+
+    Raises:
+        ValueError: there are fewer than two stages, or a token's pixels do not divide its channels.
+    """
+
+    def __init__(self, stem_channels: tuple[int, ...], patch_size: int, embed_dim: int, out_chans: int) -> None:
+        super().__init__()
+        side = patch_size // 4
+        if len(stem_channels) < 2 or out_chans % side**2:
+            raise ValueError(f"{stem_channels} has no second stage that folds into {out_chans} channels")
+        channels = stem_channels[1]
+        self.context = nn.Conv2d(embed_dim, channels, kernel_size=1)
+        self.mix = nn.Sequential(
+            LayerNorm2d(channels),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            LayerNorm2d(channels),
+            nn.GELU(),
+        )
+        self.proj = nn.Conv2d(channels, out_chans // side**2, kernel_size=1)
+        self.fold = nn.PixelUnshuffle(side)
+        self.norm = LayerNorm2d(out_chans)
+
+    def forward(self, tokens: Tensor, fine: Tensor) -> Tensor:
+        """Tokens [B, embed_dim, h, w] and the stem's pixels [B, channels, 4h, 4w] -> embedding [B, C, h, w]."""
+        context = F.interpolate(self.context(tokens), size=fine.shape[-2:], mode="bilinear", align_corners=False)
+        return self.norm(self.fold(self.proj(self.mix(fine + context))))
 
 
 class Block(nn.Module):

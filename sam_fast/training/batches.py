@@ -18,7 +18,7 @@ from sam_fast.data.sample import Sample, SampleSource
 from sam_fast.training.prompts import noised_box, random_point
 
 _ATTEMPTS = 20  # samples tried for one place of a batch: some have no object
-_CANDIDATES = 4  # masks decoded per prompt: more than one, since small ones vanish at the resolution of the logits
+_CANDIDATES = 8  # masks decoded per prompt: small ones vanish at the resolution of the logits, and regions need many
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class TrainingBatch:
         targets: bool [B, K, s, s], at the resolution of the logits: S/4 for patches of 16 pixels.
         points: float32 [B, K, 2], a foreground pixel of each object, (x, y) in pixels of the model input.
         boxes: float32 [B, K, 4], its noised box, XYXY in the same frame.
-        segments: int64 [B, S/16, S/16], per image token the number of the region that lies in the same masks, or -1 if
-            several regions meet in it (and in the padding); see `losses.grouping_loss`.
+        regions: int64 [B, s, s], the same number where pixels lie in the same masks, -1 in the padding; see
+            `losses.grouping_loss`.
     """
 
     images: Tensor
@@ -40,7 +40,7 @@ class TrainingBatch:
     targets: Tensor
     points: Tensor
     boxes: Tensor
-    segments: Tensor
+    regions: Tensor
 
     @property
     def scale(self) -> int:
@@ -155,7 +155,7 @@ def prepare(
     scale: int = 4,
     smallest: int = 1,
 ) -> tuple[np.ndarray, ...] | None:
-    """One image of a batch: image, size, targets, points, boxes as in `TrainingBatch` without B.
+    """One image of a batch: the fields of `TrainingBatch` without B.
 
     Returns:
         None if no object of the sample covers `smallest` pixels at the resolution of the logits.
@@ -177,8 +177,8 @@ def prepare(
     pixels[:, :height, :width] = image.transpose(2, 0, 1)
     points = np.stack([random_point(padded[i], rng) for i in chosen])
     boxes = np.stack([noised_box(padded[i], side, rng) for i in chosen])
-    segments = token_segments(targets, (height // scale, width // scale))
-    return pixels, np.array([height, width]), targets[chosen], points, boxes, segments
+    regions = number_regions(targets, (height // scale, width // scale))
+    return pixels, np.array([height, width]), targets[chosen], points, boxes, regions
 
 
 def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
@@ -188,24 +188,20 @@ def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
     return 2 * counts >= scale * scale
 
 
-def token_segments(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Number the regions between the outlines of all masks, seen at the resolution of image tokens.
+def number_regions(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Number the regions between the outlines of all masks.
 
     Args:
-        targets: bool [N, s, s], masks at the resolution of the logits, four of whose pixels are as long as a token.
+        targets: bool [N, s, s], masks at the resolution of the logits.
         size: (h, w) of the part that is not padding, in the same pixels.
 
     Returns:
-        int64 [s/4, s/4]; -1 where a token is not all in one region.
+        int64 [s, s]; the same number where pixels lie in the same masks, -1 in the padding.
     """
     code = np.random.default_rng(0).integers(1, 2**40, len(targets))  # sums of different sets of masks differ
-    regions = np.tensordot(code, targets, 1)  # [s, s]
+    regions = np.unique(np.tensordot(code, targets, 1), return_inverse=True)[1].reshape(targets.shape[1:])
     regions[size[0] :], regions[:, size[1] :] = -1, -1
-    s = len(regions)
-    cells = regions.reshape(s // 4, 4, s // 4, 4).transpose(0, 2, 1, 3).reshape(s // 4, s // 4, 16)
-    numbers = np.unique(cells[..., 0], return_inverse=True)[1].reshape(s // 4, s // 4)
-    pure = (cells == cells[..., :1]).all(-1) & (cells[..., 0] >= 0)
-    return np.where(pure, numbers, -1).astype(np.int64)
+    return regions.astype(np.int64)
 
 
 def _fit(

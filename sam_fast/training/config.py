@@ -30,6 +30,7 @@ class TrainConfig:
         ema: decay of the moving average of the weights, which is what is exported; 0 exports the weights themselves.
         loss_blend: steps over which the loss passes from cross entropy to focal, for training from nothing; 0 for none.
         grouping: weight of `losses.grouping_loss`, for training from nothing.
+        grouping_steps: first steps, which train nothing but the grouping.
         precision: fp32, or bf16 for autocast.
         freeze_encoder: leave the image encoder as it is.
         flip: mirror images at random.
@@ -61,6 +62,7 @@ class TrainConfig:
     ema: float = 0.999
     loss_blend: int = 0
     grouping: float = 0.0
+    grouping_steps: int = 0
     precision: str = "fp32"
     freeze_encoder: bool = False
     flip: bool = True
@@ -78,7 +80,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every"):
+        for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every", "grouping_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("grouping", "correction_weight"):
@@ -86,6 +88,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.refined is not None and self.refined < 1:
             raise ValueError(f"refined must be at least 1, or None for all, got {self.refined}")
+        if self.grouping_steps and not (self.grouping and not self.freeze_encoder):
+            raise ValueError("grouping_steps need a grouping above 0, and an encoder that is trained")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
         for name in ("box_share", "drop_path", "ema"):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
-START_BCE_WEIGHT = 3.0  # see `mask_loss`
+GROUPING_SCALE, GROUPING_RADIUS = 10.0, 20  # see `grouping_loss`
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,24 @@ def dice_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> T
 def mask_loss(logits: Tensor, targets: Tensor, valid: Tensor | None = None, blend: float = 1.0) -> Tensor:
     """20 focal + dice, [..., H, W] -> [...] (arguments: `focal_loss`).
 
-    From random weights this loss leaves masks empty for long: nearly all pixels are easy background, which the focal
-    factor mutes. With `blend` < 1 the focal term is 20 blend focal + 3 (1 - blend) cross entropy; training from nothing
-    raises it from 0 to 1 over the first steps.
+    From random weights this loss leaves masks empty for long: nearly all pixels are easy background. With `blend` < 1
+    the focal term is 20 blend focal + (1 - blend) `balanced_cross_entropy`, to which an object counts as much as all
+    that it is not; training from nothing raises it from 0 to 1 over the first steps.
     """
     loss = DICE_WEIGHT * dice_loss(logits, targets, valid)
     if blend > 0:
         loss = loss + blend * FOCAL_WEIGHT * focal_loss(logits, targets, valid)
     if blend < 1:
-        targets = targets.to(logits.dtype).expand_as(logits)
-        cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-        loss = loss + (1 - blend) * START_BCE_WEIGHT * _mean_over_pixels(cross_entropy, valid)
+        loss = loss + (1 - blend) * balanced_cross_entropy(logits, targets, valid)
     return loss
+
+
+def balanced_cross_entropy(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of the pixels inside plus that of those outside, [..., H, W] -> [...] (as `focal_loss`)."""
+    inside = targets.to(logits.dtype).expand_as(logits)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, inside, reduction="none")
+    counted = torch.ones_like(inside) if valid is None else valid.to(inside.dtype).expand_as(inside)
+    return _mean_over_pixels(cross_entropy, inside * counted) + _mean_over_pixels(cross_entropy, (1 - inside) * counted)
 
 
 @torch.no_grad()
@@ -114,34 +120,50 @@ def prompt_loss(
     return PromptLoss(total=lowest + IOU_WEIGHT * iou_error, mask=lowest, chosen=chosen, iou=iou)
 
 
-def grouping_loss(embedding: Tensor, segments: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrast of image tokens: those of one segment attract, those of others repel. Not in SAM's paper.
+def grouping_loss(
+    upscaled: Tensor, regions: Tensor, anchors: Tensor, radius: int = GROUPING_RADIUS
+) -> tuple[Tensor, Tensor]:
+    """How well the pixels of a region resemble each other, and no others. Not in SAM's paper.
 
-    Minus the mean log-probability of each other token of the same segment, under a softmax of cosine similarities. Half
-    of the embedding's channels take part, so that the others are free for what the mask decoder needs besides. Masks of
-    a few prompts say little about an image; this says of all its tokens what belongs together, at next to no cost.
-
-    Source: Khosla et al., "Supervised Contrastive Learning", 2020, equation 2.
+    Each anchor makes a mask of the pixels around it by their cosine similarity to it, seen from the image's mean pixel,
+    with logits 10 (cos - 1/2); it costs dice + `balanced_cross_entropy` against the anchor's region. A decoder from
+    nothing finds that a click means a blob around it, and stays there; this loss needs no decoder, and teaches what
+    belongs together from all pixels of an image.
 
     Args:
-        embedding: [B, C, h, w], of the image encoder.
-        segments: [B, h, w], integers; -1 where a token lies in no single segment.
-        temperature: of the softmax.
+        upscaled: [B, C, s, s], pixels after the upscaling of the mask decoder.
+        regions: [B, s, s], number of the region that a pixel lies in; -1 in the padding.
+        anchors: int64 [B, A], indices of pixels, row by row.
+        radius: pixels on each side of an anchor that are compared with it.
 
     Returns:
-        scalar, the mean over tokens that have company in their segment; 0 if there are none.
+        scalar loss, and the mean true IoU of those masks, not differentiable.
     """
-    tokens = torch.nn.functional.normalize(embedding[:, : embedding.shape[1] // 2].flatten(2).float(), dim=1)
-    segments = segments.flatten(1)
-    logits = tokens.transpose(1, 2) @ tokens / temperature  # [B, P, P]
-    known = segments >= 0
-    apart = ~torch.eye(segments.shape[1], dtype=torch.bool, device=segments.device)
-    others = known[:, None, :] & known[:, :, None] & apart
-    same = others & (segments[:, :, None] == segments[:, None, :])
-    log_probability = logits - torch.logsumexp(logits.masked_fill(~others, -1e4), dim=2, keepdim=True)
-    company = same.sum(2)
-    losses = -(log_probability * same).sum(2) / company.clamp(min=1)
-    return losses.sum() / (company > 0).sum().clamp(min=1)
+    pixels = upscaled.flatten(2).float()  # [B, C, P]
+    pixels = F.normalize(pixels - pixels.mean(2, keepdim=True), dim=1)
+    chosen = pixels.gather(2, anchors[:, None].expand(-1, pixels.shape[1], -1))
+    logits = GROUPING_SCALE * (chosen.transpose(1, 2) @ pixels - 0.5)  # [B, A, P]
+    regions = regions.flatten(1)
+    targets = regions.gather(1, anchors)[:, :, None] == regions[:, None]
+    places = torch.arange(regions.shape[1], device=regions.device)
+    rows, columns = places // upscaled.shape[-1], places % upscaled.shape[-1]
+    near = (rows - rows[anchors][..., None]).abs().maximum((columns - columns[anchors][..., None]).abs()) <= radius
+    # As images one pixel high:
+    logits, targets, valid = (x[:, :, None] for x in (logits, targets, near & (regions[:, None] >= 0)))
+    return mask_loss(logits, targets, valid, blend=0.0).mean(), true_iou(logits, targets, valid).mean()
+
+
+def draw_anchors(regions: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw pixels of regions [B, s, s], not in the padding, to compare others with: int64 [B, count].
+
+    A region is drawn as often as the square root of its area says: small ones count, and large ones count more.
+    """
+    drawn = []
+    for image in regions.flatten(1):
+        _, number, areas = image.unique(return_inverse=True, return_counts=True)
+        weights = areas[number].float().rsqrt() * (image >= 0)
+        drawn.append(torch.multinomial(weights, count, replacement=True, generator=generator))
+    return torch.stack(drawn)
 
 
 def _mean_over_pixels(values: Tensor, valid: Tensor | None) -> Tensor:

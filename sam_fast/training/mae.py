@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from sam_fast.checkpoints import checkpoint_file, read_state_dict
 from sam_fast.modeling import Sam
-from sam_fast.modeling.image_encoder import Block, ImageEncoderViT, resize_absolute_positions
+from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT, resize_absolute_positions
 from sam_fast.training.initialise import sine_positions
 
 MAE_FORMAT = "sam_fast-mae"  # in the metadata of a checkpoint, under "format"
@@ -91,7 +91,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_ratio = mask_ratio
         self.normalise_patches = normalise_patches
         projection = encoder.patch_embed.proj
-        pixels = encoder.patch_size**2 * projection.in_channels
+        pixels = encoder.patch_size**2 * encoder.in_chans
         self.encoder = encoder
         self.norm = _layer_norm(projection.out_channels)  # ViT ends with one, SAM's encoder does not
         self.decoder = PatchDecoder(
@@ -125,7 +125,13 @@ class MaskedAutoencoder(nn.Module):
         return torch.rand(count, patches, generator=generator).argsort(1)[:, :visible]
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Run the encoder's blocks over the visible patches only, [B, V, C] from images [B, 3, S, S]."""
+        """Run the encoder's blocks over the visible patches only, [B, V, C] from images [B, 3, S, S].
+
+        Convolutions before the patches would look into their neighbours: they see an image whose masked patches are 0.
+        """
+        if isinstance(self.encoder.patch_embed, ConvStem):
+            kept = torch.zeros(len(images), self.grid**2, device=images.device).scatter(1, visible, 1.0)
+            images = images * F.interpolate(kept.view(-1, 1, self.grid, self.grid), size=images.shape[-2:])
         tokens = self.encoder.patch_embed(images)  # [B, H, W, C]
         if self.encoder.pos_embed is not None:
             tokens = tokens + self.encoder.pos_embed

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sam_fast.modeling.image_encoder import Block, ImageEncoderViT
+from sam_fast.modeling.image_encoder import Block, FoldingNeck, ImageEncoderViT
+
+_UPSCALING_LR = 0.1
 
 
 def parameter_groups(
@@ -18,7 +20,9 @@ def parameter_groups(
 
     Weight decay goes to matrices and kernels only, not to biases, normalisations, positions and tokens. Each group has
     `lr_scale`: layer_decay ^ (layers above it), where the patch embedding is the lowest layer of the encoder and
-    everything behind its blocks has 1 (Bao et al., "BEiT", 2022; Li et al., "ViTDet", 2022).
+    everything behind its blocks has 1 (Bao et al., "BEiT", 2022; Li et al., "ViTDet", 2022). The upscaling behind a
+    `FoldingNeck` has 0.1: it begins as the inverse of the folding, each weight alone, which steps of the usual size
+    would drown in the sum of the others.
 
     Args:
         model: the model to train; `encoder` is part of it.
@@ -37,6 +41,8 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         lr_scale = layer_decay ** (depth + 1 - layer.get(id(parameter), depth + 1))
+        if "output_upscaling." in name and isinstance(encoder.neck, FoldingNeck):
+            lr_scale = _UPSCALING_LR
         decay = weight_decay if parameter.dim() >= 2 and not _is_embedding(name) else 0.0
         group = groups.setdefault((lr_scale, decay), {"params": [], "lr_scale": lr_scale, "weight_decay": decay})
         parameters = group["params"]

@@ -5,6 +5,7 @@ Source: Kirillov et al., "Segment Anything", 2023, appendix A, "Training algorit
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from sam_fast.modeling import Sam
+from sam_fast.runtime.upscaling import masks_by_products, upscale_by_products
 from sam_fast.training.batches import TrainingBatch
-from sam_fast.training.losses import PromptLoss, grouping_loss, prompt_loss
+from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
-from sam_fast.training.upscaling import masks_by_products
+
+_ANCHORS = 48  # pixels of an image that others are compared with
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class StepSettings:
         correction_weight: weight of the passes after the first; 1 in the paper. Less, while they are new to a model,
             keeps their large gradients from undoing what it knows.
         grouping: weight of `losses.grouping_loss`.
+        prompted: whether there are prompts at all; otherwise only the grouping is trained.
     """
 
     clicks: int = 8
@@ -39,11 +43,12 @@ class StepSettings:
     blend: float = 1.0
     correction_weight: float = 1.0
     grouping: float = 0.0
+    prompted: bool = True
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """Means over the objects of a step, tensors without dimensions on the device.
+    """Means over the objects of a step, tensors without dimensions on the device; NaN for what a step does not do.
 
     Attributes:
         loss: everything that was back-propagated.
@@ -51,6 +56,7 @@ class StepStatistics:
         best_iou: the highest true IoU among the masks after the first prompt.
         last_iou: true IoU after all corrections, of the objects that were corrected.
         iou_error: mean absolute error of the IoU head after the first prompt.
+        grouping_iou: see `losses.grouping_loss`.
     """
 
     loss: Tensor
@@ -58,6 +64,7 @@ class StepStatistics:
     best_iou: Tensor
     last_iou: Tensor
     iou_error: Tensor
+    grouping_iou: Tensor
 
 
 @dataclass
@@ -115,19 +122,32 @@ class InteractiveStep:
             encoded = self.model.image_encoder(self.model.preprocess(batch.images.float()))
         embeddings = encoded.detach().requires_grad_(self.train_encoder)
         passes = plan_passes(settings.clicks, rng)
-        # Image by image: the decoder's first layer is shared by all prompts of an image.
-        statistics = [
-            self._image(embeddings[i : i + 1], batch, i, passes, settings, rng, generator, scale / len(embeddings))
-            for i in range(len(embeddings))
-        ]
+        columns: dict[str, Tensor] = {}
+        if settings.prompted:
+            # Image by image: the decoder's first layer is shared by all prompts of an image.
+            images = [
+                self._image(embeddings[i : i + 1], batch, i, passes, settings, rng, generator, scale / len(embeddings))
+                for i in range(len(embeddings))
+            ]
+            columns = {name: torch.stack([image[name] for image in images]).mean() for name in images[0]}
+        if settings.grouping > 0:
+            columns["grouping_iou"] = self._group(embeddings, batch, settings, generator, scale)
         if self.train_encoder:
-            outputs, grads = [encoded], [embeddings.grad]
-            if settings.grouping > 0:
-                outputs.append(scale * settings.grouping * grouping_loss(encoded, batch.segments))
-                grads.append(torch.ones_like(outputs[1]))
-            torch.autograd.backward(outputs, grads)
-        columns = ([getattr(s, field.name) for s in statistics] for field in fields(StepStatistics))
-        return StepStatistics(*(torch.stack(column).mean() for column in columns))
+            encoded.backward(embeddings.grad)
+        nan = torch.full((), torch.nan, device=embeddings.device)
+        return StepStatistics(**{field.name: columns.get(field.name, nan) for field in fields(StepStatistics)})
+
+    def _group(
+        self, embeddings: Tensor, batch: TrainingBatch, settings: StepSettings, generator: torch.Generator, scale: float
+    ) -> Tensor:
+        """Teach the encoder which pixels belong together, from all embeddings [B, C, h, w]: the IoU of the groups."""
+        anchors = draw_anchors(batch.regions, _ANCHORS, generator)
+        upscaling = copy.deepcopy(self.model.mask_decoder.output_upscaling).requires_grad_(False)
+        with self.autocast:
+            upscaled = upscale_by_products(upscaling, embeddings)
+        loss, iou = grouping_loss(upscaled, batch.regions, anchors)
+        (scale * settings.grouping * loss).backward()
+        return iou
 
     def _image(
         self,
@@ -139,8 +159,8 @@ class InteractiveStep:
         rng: np.random.Generator,
         generator: torch.Generator,
         scale: float,
-    ) -> StepStatistics:
-        """All passes over the objects of one image, embedding [1, C, h, w]."""
+    ) -> dict[str, Tensor]:
+        """All passes over the objects of one image, embedding [1, C, h, w]: its part of the statistics."""
         objects, valid = _first_prompts(batch, index, settings, rng)
         loss, logits, predicted = self._learn(embedding, objects, valid, settings, scale)
         confident = _gather(loss.iou, predicted.argmax(1))
@@ -156,13 +176,13 @@ class InteractiveStep:
                 embedding, objects, valid, settings, scale * settings.correction_weight
             )
             total, last = total + settings.correction_weight * loss.total.mean(), loss.iou[:, 0]
-        return StepStatistics(
-            loss=total.detach(),
-            first_iou=confident.mean(),
-            best_iou=best.mean(),
-            last_iou=last.mean(),
-            iou_error=iou_error.mean(),
-        )
+        return {
+            "loss": total.detach(),
+            "first_iou": confident.mean(),
+            "best_iou": best.mean(),
+            "last_iou": last.mean(),
+            "iou_error": iou_error.mean(),
+        }
 
     def _learn(
         self, embedding: Tensor, objects: _Objects, valid: Tensor, settings: StepSettings, scale: float

@@ -82,7 +82,8 @@ class Trainer(TrainingRun[TrainConfig, TrainingBatch]):
             correction_weight=config.correction_weight,
             box_share=config.box_share,
             blend=blend,
-            grouping=config.grouping,
+            grouping=0.0 if config.freeze_encoder else config.grouping,
+            prompted=self.step >= config.grouping_steps,
         )
         found = self._interactive(batch, settings, rng, scale)
         return torch.stack([getattr(found, name) for name in self.statistics])

@@ -9,9 +9,11 @@ import pytest
 import torch
 from oracle import TINY, build_official, relative_error, seed_weights
 from segment_anything.modeling import image_encoder as official_code
+from torch import nn
 
-from sam_fast.build_sam import build_sam_from_config
+from sam_fast.build_sam import SamConfig, build_sam_from_config
 from sam_fast.modeling import image_encoder as code
+from sam_fast.training.initialise import initialise_weights
 
 # Same formulas in float32; attention and layer norms sum in another order. The contract with the official code is 1e-4.
 TOLERANCE = 1e-5
@@ -114,3 +116,49 @@ def test_relative_positions_equal_official(q_size, k_size, length):
     table = torch.randn(length, 8)
     expected = official_code.get_rel_pos(q_size, k_size, table)
     assert torch.equal(code.get_rel_pos(q_size, k_size, table), expected)
+
+
+def test_convolutional_stem():
+    torch.manual_seed(0)
+    stem = code.ConvStem(16, 3, (8, 12, 16), 24)
+    image = torch.randn(2, 3, 64, 112)
+    tokens, fine = stem.with_details(image)
+    assert tokens.shape == (2, 4, 7, 24) and fine.shape == (2, 12, 16, 28)
+    assert torch.equal(stem(image), tokens)
+    kinds = [(layer.out_channels, layer.stride[0]) for layer in stem.layers if isinstance(layer, nn.Conv2d)]
+    assert kinds == [(8, 2), (12, 2), (12, 1), (16, 2), (16, 1)] and stem.proj.stride == (2, 2)
+    # Convolutions move with the image, up to what the borders let in.
+    moved = stem(torch.roll(image, 16, dims=3))
+    torch.testing.assert_close(moved[:, :, 3:6], tokens[:, :, 2:5])
+    with pytest.raises(ValueError, match="5 halvings do not fit into patches of 16"):
+        code.ConvStem(16, 3, (8,) * 5, 24)
+
+
+def test_folded_pixels_are_unfolded_by_the_upscaling_that_training_begins_with():
+    """A quarter-resolution pixel reaches the decoder's upscaled pixel at its own place, and hardly any other."""
+    torch.manual_seed(0)
+    config = SamConfig(
+        embed_dim=32, depth=1, num_heads=2, global_attn_indexes=(0,), image_size=64, stem_channels=(8, 16)
+    )
+    sam = build_sam_from_config(config)
+    initialise_weights(sam)
+    neck, fine, tokens = sam.image_encoder.neck, torch.randn(1, 16, 16, 16), torch.randn(1, 32, 4, 4)
+    changed = fine.clone()
+    changed[0, :, 9, 6] *= -3
+    before, after = (sam.mask_decoder.upscale(neck(tokens, pixels)) for pixels in (fine, changed))
+    difference = (after - before).abs().sum(1)[0]
+    near, token = difference[8:11, 5:8], difference[8:12, 4:8]  # the neck convolves 3 x 3 pixels
+    assert difference.sum().item() == pytest.approx(token.sum().item()), "no other token"
+    assert near.mean() > 2 * (token.sum() - near.sum()) / 7, "the normalisation spreads it a little"
+    with pytest.raises(ValueError, match="no second stage"):
+        code.FoldingNeck((8,), 16, 32, 256)
+
+
+def test_gradients_reach_every_weight_of_an_encoder_with_a_stem():
+    encoder = code.ImageEncoderViT(
+        img_size=32, embed_dim=16, depth=1, num_heads=2, out_chans=32, use_rel_pos=True, stem_channels=(4, 8)
+    )
+    embedding = encoder(torch.randn(1, 3, 32, 48))
+    assert embedding.shape == (1, 32, 2, 3)
+    (embedding * torch.randn_like(embedding)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())

@@ -14,8 +14,8 @@ from sam_fast.training.batches import (
     TrainingBatch,
     TrainingBatches,
     low_resolution,
+    number_regions,
     prepare,
-    token_segments,
 )
 
 
@@ -135,14 +135,16 @@ def test_samples_without_objects_are_replaced():
         make(Rectangles(0))
 
 
-def test_token_segments_number_the_regions_between_outlines():
-    targets = np.zeros((3, 16, 16), bool)
-    targets[0, :, :8] = True  # the left half
-    targets[1, 4:8, 4:8] = True  # a token in it
-    targets[2, 10:14, 8:16] = True  # halves of two rows of tokens on the right
-    segments = token_segments(targets, (16, 12))
-    assert segments.shape == (4, 4) and segments.dtype == np.int64
-    left, part, right = segments[0, 0], segments[1, 1], segments[0, 2]
-    assert len({left, part, right, -1}) == 4
-    expected = np.array([[left, left, right, -1], [left, part, right, -1], [left, left, -1, -1], [left, left, -1, -1]])
-    assert np.array_equal(segments, expected), "mixed tokens and the padding on the right are -1"
+def test_regions_lie_between_the_outlines_of_all_masks():
+    targets = np.zeros((3, 8, 8), bool)
+    targets[0, :, :4] = True  # the left half
+    targets[1, 2:4, 2:6] = True  # across the middle
+    targets[2, 6:, :] = True
+    regions = number_regions(targets, (8, 7))
+    assert regions.shape == (8, 8) and regions.dtype == np.int64
+    assert (regions[:, 7] == -1).all() and (regions[:, :7] >= 0).all(), "the padding, and nothing else, is -1"
+    memberships = targets.reshape(3, -1).T
+    known = np.flatnonzero(regions.ravel() >= 0)
+    for i in known:
+        same = regions.ravel()[known] == regions.ravel()[i]
+        assert np.array_equal(same, (memberships[known] == memberships[i]).all(1))

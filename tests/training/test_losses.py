@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from sam_fast.training.losses import dice_loss, focal_loss, grouping_loss, mask_loss, prompt_loss, true_iou
+from sam_fast.training.losses import (
+    balanced_cross_entropy,
+    dice_loss,
+    draw_anchors,
+    focal_loss,
+    grouping_loss,
+    mask_loss,
+    prompt_loss,
+    true_iou,
+)
 
 
 def transcribed_focal(logits: torch.Tensor, targets: torch.Tensor) -> float:
@@ -79,18 +88,32 @@ def test_only_the_best_mask_gets_a_gradient(case):
     assert (predicted.grad != 0).all(), "the IoU head learns from every mask"
 
 
-def test_blend_begins_with_cross_entropy(case):
+def transcribed_balanced(p: list[float], inside: list[float]) -> float:
+    """Mean cross entropy of the pixels inside plus that of those outside."""
+    kinds = [[-math.log(a if g else 1 - a) for a, g in zip(p, inside, strict=True) if g == kind] for kind in (1, 0)]
+    return sum(sum(kind) / len(kind) for kind in kinds)
+
+
+def test_blend_begins_with_balanced_cross_entropy(case):
     logits, targets = case
     x, y = logits[0, 0], targets[0]
-    p = torch.sigmoid(x)
-    cross_entropy = -(y * p.log() + (1 - y) * (1 - p).log()).mean().item()
+    expected = transcribed_balanced(torch.sigmoid(x).flatten().tolist(), y.flatten().tolist())
     start = mask_loss(x, y, blend=0.0).item()
-    assert start == pytest.approx(3 * cross_entropy + transcribed_dice(x, y), rel=1e-12)
+    assert start == pytest.approx(expected + transcribed_dice(x, y), rel=1e-12)
     middle = mask_loss(x, y, blend=0.25).item()
     assert middle == pytest.approx(0.25 * mask_loss(x, y).item() + 0.75 * start, rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [focal_loss, dice_loss, true_iou, mask_loss])
+@pytest.mark.parametrize("whole", [0.0, 1.0])
+def test_balanced_cross_entropy_of_a_mask_without_one_side(whole):
+    logits = torch.randn(5, 7, requires_grad=True)
+    loss = balanced_cross_entropy(logits, torch.full((5, 7), whole))
+    loss.backward()
+    expected = torch.nn.functional.softplus(logits if whole == 0 else -logits).mean()
+    assert loss.item() == pytest.approx(expected.item()) and torch.isfinite(logits.grad).all()
+
+
+@pytest.mark.parametrize("loss", [focal_loss, dice_loss, true_iou, mask_loss, balanced_cross_entropy])
 def test_padding_does_not_count(loss, case):
     logits, targets = case
     x, y = logits[0, 0], targets[0]
@@ -117,31 +140,38 @@ def test_empty_masks():
 
 
 def test_grouping_loss_equals_its_formula():
-    """Khosla et al., eq. 2, token by token in float64, over the first half of the channels."""
+    """Dice + balanced cross entropy of 10 (cos - 1/2), anchor by anchor and pixel by pixel in float64."""
     generator = torch.Generator().manual_seed(0)
-    embedding = torch.randn(2, 8, 3, 4, generator=generator, dtype=torch.float64)
-    segments = torch.tensor(
-        [[[0, 0, 1, -1], [2, 0, 1, 1], [-1, 3, 3, 0]], [[5, -1, -1, 5], [5, 6, 6, 7], [6, 6, 6, 6]]]
-    )
-    values = []
-    for image, labels in zip(embedding[:, :4], segments, strict=True):
-        tokens = [(image[:, y, x], int(labels[y, x])) for y in range(3) for x in range(4) if labels[y, x] >= 0]
+    upscaled = torch.randn(2, 5, 2, 3, generator=generator, dtype=torch.float64)
+    regions = torch.tensor([[[0, 0, 1], [2, 1, -1]], [[4, 4, 4], [4, 5, 5]]])
+    anchors = torch.tensor([[0, 4], [5, 2]])
+    losses, ious = [], []
+    for image, labels, chosen in zip(upscaled, regions, anchors, strict=True):
+        centred = image - image.mean((1, 2), keepdim=True)
+        pixels = [(centred[:, y, x], int(labels[y, x])) for y in range(2) for x in range(3)]
+        for anchor, label in (pixels[i] for i in chosen.tolist()):
+            known = [(pixel, other == label) for pixel, other in pixels if other >= 0]
+            logits = [10 * ((anchor @ p / anchor.norm() / p.norm()).item() - 0.5) for p, _ in known]
+            probabilities = [1 / (1 + math.exp(-logit)) for logit in logits]
+            same = [inside for _, inside in known]
+            overlap = sum(p for p, inside in zip(probabilities, same, strict=True) if inside)
+            dice = 1 - (2 * overlap + 1) / (sum(probabilities) + sum(same) + 1)
+            losses.append(dice + transcribed_balanced(probabilities, same))
+            both = sum(logit > 0 and inside for logit, inside in zip(logits, same, strict=True))
+            ious.append(both / sum(logit > 0 or inside for logit, inside in zip(logits, same, strict=True)))
+    loss, iou = grouping_loss(upscaled, regions, anchors)
+    assert loss.item() == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert iou.item() == pytest.approx(sum(ious) / 4, rel=1e-5)
 
-        def similarity(a, b):
-            return math.exp((a @ b / a.norm() / b.norm()).item() / 0.1)
 
-        for i, (anchor, label) in enumerate(tokens):
-            others = [t for j, t in enumerate(tokens) if j != i]
-            whole = sum(similarity(anchor, token) for token, _ in others)
-            terms = [-math.log(similarity(anchor, token) / whole) for token, other in others if other == label]
-            if terms:
-                values.append(sum(terms) / len(terms))
-    assert len(values) == 18, "tokens alone in their segment do not count"
-    assert grouping_loss(embedding, segments).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
-
-
-def test_grouping_loss_without_segments():
-    embedding = torch.randn(1, 8, 2, 2, requires_grad=True)
-    loss = grouping_loss(embedding, torch.full((1, 2, 2), -1))
-    loss.backward()
-    assert loss == 0 and torch.equal(embedding.grad, torch.zeros_like(embedding))
+def test_anchors_are_drawn_by_the_roots_of_areas():
+    regions = torch.full((2, 10, 10), 7)
+    regions[0, :, 8:] = -1  # 80 pixels of region 7 but for
+    regions[0, :5, 0] = 3  # 5 of region 3
+    regions[1, 2, 2] = 0
+    anchors = draw_anchors(regions, 20_000, torch.Generator().manual_seed(0))
+    drawn = regions.flatten(1).gather(1, anchors)
+    assert (drawn[0] >= 0).all(), "never in the padding"
+    assert (drawn[0] == 3).float().mean().item() == pytest.approx(5**0.5 / (5**0.5 + 75**0.5), abs=0.01)
+    assert (drawn[1] == 0).float().mean().item() == pytest.approx(1 / (1 + 99**0.5), abs=0.01)
+    assert len(anchors[0][drawn[0] == 3].unique()) == 5

@@ -28,9 +28,9 @@ from sam_fast.training.mae import (
 SMALL = dataclasses.replace(TINY, image_size=64, embed_dim=32, depth=3, global_attn_indexes=(1,))  # 4 x 4 tokens
 
 
-def build(mask_ratio: float = 0.75, normalise: bool = True) -> MaskedAutoencoder:
+def build(mask_ratio: float = 0.75, normalise: bool = True, stem: tuple[int, ...] = ()) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    sam = seed_weights(build_sam_from_config(SMALL))
+    sam = seed_weights(build_sam_from_config(dataclasses.replace(SMALL, stem_channels=stem)))
     return MaskedAutoencoder(sam.image_encoder, 24, 2, 3, mask_ratio, normalise)
 
 
@@ -161,8 +161,9 @@ def test_one_seed_gives_one_mask_and_one_loss() -> None:
     assert not torch.equal(first.masked, other.masked)
 
 
-def test_the_encoder_sees_visible_patches_only_and_the_loss_masked_ones_only() -> None:
-    model, batch = build(normalise=False), images(1)
+@pytest.mark.parametrize("stem", [(), (4, 8)])
+def test_the_encoder_sees_visible_patches_only_and_the_loss_masked_ones_only(stem: tuple[int, ...]) -> None:
+    model, batch = build(normalise=False, stem=stem), images(1)
     before = model(batch, generator())
     masked = before.masked[..., None]
     noise = torch.randn(1, 16, 768, generator=generator(9))
@@ -173,8 +174,9 @@ def test_the_encoder_sees_visible_patches_only_and_the_loss_masked_ones_only() -
     torch.testing.assert_close(after.loss, expected)
 
 
-def test_gradients_reach_what_is_trained_and_nothing_else() -> None:
-    model = build()
+@pytest.mark.parametrize("stem", [(), (4, 8)])
+def test_gradients_reach_what_is_trained_and_nothing_else(stem: tuple[int, ...]) -> None:
+    model = build(stem=stem)
     model(images(2), generator()).loss.backward()
     for name, parameter in model.named_parameters():
         if ".rel_pos_" in name or ".neck." in name:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rectangles import tiny_sam
 
+from sam_fast import SamConfig, build_sam_from_config
 from sam_fast.modeling.layers import DropPath
 from sam_fast.training.optim import MovingAverage, learning_rate, parameter_groups, set_drop_path
 
@@ -34,6 +35,18 @@ def test_groups_hold_every_parameter_once_with_its_layers_rate():
     encoder.requires_grad_(False)
     frozen = parameter_groups(model, encoder, weight_decay=0.1, layer_decay=0.5)
     assert {group["lr_scale"] for group in frozen} == {1.0}
+
+
+def test_upscaling_behind_a_folding_neck_learns_slowly():
+    config = SamConfig(
+        embed_dim=32, depth=1, num_heads=2, global_attn_indexes=(0,), image_size=64, stem_channels=(8, 16)
+    )
+    model = build_sam_from_config(config)
+    groups = parameter_groups(model, model.image_encoder, weight_decay=0.1, layer_decay=0.5)
+    rates = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.mask_decoder.output_upscaling.parameters()} == {0.1}
+    assert {rates[id(p)] for p in model.mask_decoder.output_hypernetworks_mlps.parameters()} == {1.0}
+    assert {rates[id(p)] for p in model.image_encoder.patch_embed.parameters()} == {0.25}
 
 
 def test_schedules():

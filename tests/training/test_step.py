@@ -10,10 +10,10 @@ import pytest
 import torch
 from rectangles import Rectangles, tiny_sam
 
+from sam_fast.runtime.upscaling import masks_by_products, upscale_by_products
 from sam_fast.training.batches import TrainingBatches
-from sam_fast.training.losses import grouping_loss, prompt_loss
+from sam_fast.training.losses import draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.step import InteractiveStep, StepSettings
-from sam_fast.training.upscaling import masks_by_products
 
 
 def batch_of(source=None, batch_size=2, prompts=3):
@@ -39,6 +39,8 @@ def test_products_equal_the_transposed_convolutions():
     for chosen in (range(1, 4), range(1)):
         expected = decoder.masks_from(tokens, decoder.upscale(image), chosen)
         torch.testing.assert_close(masks_by_products(decoder, tokens, image, chosen), expected, rtol=1e-5, atol=1e-6)
+    upscaled = upscale_by_products(decoder.output_upscaling, image)
+    torch.testing.assert_close(upscaled, decoder.upscale(image), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("box_share", [0.0, 1.0])
@@ -157,20 +159,36 @@ def test_bfloat16_autocast():
     )
 
 
-def test_grouping_reaches_the_encoder_only():
+def test_grouping_adds_its_gradients_to_the_encoder():
     model, batch = tiny_sam(), batch_of()
-    run(model, batch, StepSettings(clicks=0))
+    assert torch.isnan(run(model, batch, StepSettings(clicks=0)).grouping_iou)
     plain = gradients(model)
-    run(model, batch, StepSettings(clicks=0, grouping=1.0))
+    statistics = run(model, batch, StepSettings(clicks=0, grouping=0.5))
     grouped = gradients(model)
-    model.zero_grad()
-    embedding = model.image_encoder(model.preprocess(batch.images.float()))
-    grouping_loss(embedding, batch.segments).backward()
+    only = run(model, batch, StepSettings(clicks=0, grouping=0.5, prompted=False))
     alone = gradients(model)
-    assert alone and all(name.startswith("image_encoder") for name in alone)
+    assert torch.isnan(only.loss) and 0 <= statistics.grouping_iou <= 1
+
+    model.zero_grad()
+    anchors = draw_anchors(batch.regions, 48, first_generator())
+    model.mask_decoder.requires_grad_(False)
+    upscaled = model.mask_decoder.upscale(model.image_encoder(model.preprocess(batch.images.float())))
+    loss, iou = grouping_loss(upscaled, batch.regions, anchors)
+    (0.5 * loss).backward()
+    assert only.grouping_iou.item() == pytest.approx(iou.item(), abs=1e-3)
+    expected = gradients(model)
+    assert alone.keys() == expected.keys()
+    assert all(name.startswith("image_encoder") for name in alone)
+    for name, gradient in alone.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-6, msg=name)
     for name, gradient in grouped.items():
-        expected = plain[name] + alone[name] if name in alone else plain[name]
-        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6, msg=name)
+        total = plain[name] + alone[name] if name in alone else plain[name]
+        torch.testing.assert_close(gradient, total, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def first_generator() -> torch.Generator:
+    """What a step with seed 0 draws anchors from, when it draws nothing before."""
+    return torch.Generator().manual_seed(int(np.random.default_rng(0).integers(2**62)))
 
 
 def test_corrections_may_weigh_less():
