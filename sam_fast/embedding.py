@@ -33,7 +33,7 @@ class ImageEmbedding:
         image_format: channel order the model was given, "RGB" or "BGR".
         fingerprint: identifies the encoder's weights (see `model_fingerprint`).
         metadata: notes of the caller (where the image is, its hash), saved and loaded with the embedding.
-        cache: what a runtime derives from the features once per image; neither saved nor copied.
+        cache: what a runtime derives from the features once per image (10 MB at 1024 px); neither saved nor copied.
     """
 
     features: torch.Tensor

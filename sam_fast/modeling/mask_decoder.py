@@ -116,8 +116,7 @@ class MaskDecoder(nn.Module):
             dense_prompt_embeddings = dense_prompt_embeddings[:1]
         h, w = image_embeddings.shape[-2:]
         tokens, image = self.transformer(image_embeddings + dense_prompt_embeddings, image_pe, tokens)
-        iou = self.iou_prediction_head(tokens[:, 0])
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
+        mask_tokens, iou = self.read_tokens(tokens)
         return mask_tokens, image.transpose(1, 2).unflatten(2, (h, w)), iou
 
     def prompt_tokens(self, sparse_prompt_embeddings: Tensor) -> Tensor:
@@ -125,6 +124,10 @@ class MaskDecoder(nn.Module):
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
         return torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)
+
+    def read_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the transformer's tokens [N, T, C] the mask tokens [N, num_mask_tokens, C], and the predicted IoU."""
+        return tokens[:, 1 : 1 + self.num_mask_tokens], self.iou_prediction_head(tokens[:, 0])
 
     def upscale(self, image: Tensor) -> Tensor:
         """Second stage: [N, C, h, w] -> [N, C/8, 4h, 4w]."""

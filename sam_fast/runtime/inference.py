@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
-from sam_fast.modeling import MaskDecoder, Sam
+from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
 from sam_fast.runtime.precision import resolve_precision
+from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
+from sam_fast.runtime.upscaling import masks_by_products
+
+_Made = TypeVar("_Made")
 
 # Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
 # in use at a time: on a CPU more prompts leave the cache and are slower each.
@@ -37,6 +42,20 @@ class Prompts(NamedTuple):
     extra_tokens: torch.Tensor | None = None
 
 
+class _DecoderInputs(NamedTuple):
+    """Image embedding [1, C, h, w], its encoding [1, C, h, w], sparse [N, T, C] and dense [N or 1, C, h, w] prompts."""
+
+    features: torch.Tensor
+    pe: torch.Tensor
+    sparse: torch.Tensor
+    dense: torch.Tensor
+    no_masks: bool
+
+    def official(self) -> tuple[torch.Tensor, ...]:
+        """The arguments of a mask decoder."""
+        return self[:4]
+
+
 class InferenceRuntime:
     """The stages of SAM: encode an image once, decode prompts, post-process masks."""
 
@@ -55,9 +74,14 @@ class InferenceRuntime:
         self.model = model
         self.precision = precision
         self.backend = backend
+        self._kept: dict[str, Any] = {}
         resolve_precision(precision, model.device)
         if backend not in ("auto", "native", "torch"):
             raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: not what was derived from the weights."""
+        return {**self.__dict__, "_kept": {}}
 
     def _autocast(self) -> AbstractContextManager:
         dtype = resolve_precision(self.precision, self.model.device)
@@ -142,11 +166,17 @@ class InferenceRuntime:
 
         M is 3 with `multimask_output`, otherwise 1.
         """
+        decoder = self.model.mask_decoder
+        parts = []
         with self._autocast():
-            parts = [
-                self.model.mask_decoder(*inputs, multimask_output=multimask_output)
-                for inputs in self._decoder_inputs(embedding, prompts)
-            ]
+            for inputs in self._decoder_inputs(embedding, prompts):
+                if isinstance(decoder, MaskDecoder):
+                    mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+                    chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+                    masks = self._masks_from(mask_tokens, image, chosen)
+                    parts.append((masks, iou[:, chosen.start : chosen.stop]))
+                else:  # somebody's own decoder has no stages
+                    parts.append(decoder(*inputs.official(), multimask_output=multimask_output))
         low_res, iou = (torch.cat(column) for column in zip(*parts, strict=True))
         return low_res.float(), iou.float()
 
@@ -162,27 +192,25 @@ class InferenceRuntime:
             logits [K, 4s, 4s], predicted IoUs [K], and the prompt of each mask [K] int64; ordered by prompt, then mask.
         """
         decoder = self.model.mask_decoder
-        if not isinstance(decoder, MaskDecoder):  # somebody's own decoder has no stages
+        if not isinstance(decoder, MaskDecoder):
             low_res, iou = self.decode(embedding, prompts)
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
         logits, scores = [], []
         with self._autocast():
             for inputs in self._decoder_inputs(embedding, prompts):
-                mask_tokens, image, iou = decoder.predict_tokens(*inputs)
+                mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
                 scores.append(iou[:, 1:].float())
                 keep = _above(scores[-1], iou_threshold)
                 rows = keep.any(dim=1)
-                masks = decoder.masks_from(
-                    mask_tokens[rows], decoder.upscale(image[rows]), range(1, decoder.num_mask_tokens)
-                )
+                masks = self._masks_from(mask_tokens[rows], image[rows], range(1, decoder.num_mask_tokens))
                 logits.append(masks[keep[rows]].float())
         all_scores = torch.cat(scores)
         keep = _above(all_scores, iou_threshold)
         return torch.cat(logits), all_scores[keep], keep.nonzero()[:, 0]
 
-    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts) -> Iterator[tuple[torch.Tensor, ...]]:
-        """The mask decoder's image embedding, image PE, sparse and dense prompts, for a few prompts at a time."""
+    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts) -> Iterator[_DecoderInputs]:
+        """What the mask decoder reads, for a few prompts at a time."""
         embedding.wait()
         model = self.model
         dtype = _weight_dtype(model.mask_decoder)
@@ -190,10 +218,80 @@ class InferenceRuntime:
         masks = None if prompts.masks is None else prompts.masks.to(dtype)
         extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
         sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
-        features, pe = embedding.features.to(dtype), model.prompt_encoder.get_dense_pe()
+        features, pe = embedding.features.to(dtype), self._image_pe()
         step = _PROMPTS_AT_ONCE.get(features.device.type, max(1, len(sparse)))
         for start in range(0, max(1, len(sparse)), step):
-            yield features, pe, sparse[start : start + step], dense if len(dense) == 1 else dense[start : start + step]
+            some = slice(start, start + step)
+            yield _DecoderInputs(features, pe, sparse[some], dense if len(dense) == 1 else dense[some], masks is None)
+
+    def _predict_tokens(
+        self, embedding: ImageEmbedding, inputs: _DecoderInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
+        decoder = self.model.mask_decoder
+        assert isinstance(decoder, MaskDecoder)
+        tokens = decoder.prompt_tokens(inputs.sparse)
+        absorbed = tokens.shape[1] <= MOST_TOKENS and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer)
+        if not absorbed:
+            return decoder.predict_tokens(*inputs.official())
+        assert isinstance(decoder.transformer, TwoWayTransformer)
+        pe = _pixels(inputs.pe)
+        image: torch.Tensor | FirstLayer
+        if inputs.no_masks:
+            image = self._first_layer(embedding, inputs)
+        else:
+            image = _pixels(inputs.features + inputs.dense)
+            if len(image) != len(tokens):
+                image = project_first_layer(decoder.transformer, image, pe)
+        tokens, written = two_way(decoder.transformer, image, pe, tokens)
+        mask_tokens, iou = decoder.read_tokens(tokens)
+        return mask_tokens, written.transpose(1, 2).unflatten(2, tuple(inputs.features.shape[-2:])), iou
+
+    def _masks_from(self, mask_tokens: torch.Tensor, image: torch.Tensor, chosen: range) -> torch.Tensor:
+        """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
+        decoder = self.model.mask_decoder
+        assert isinstance(decoder, MaskDecoder)
+        if self._plain_on_cpu(decoder):
+            return masks_by_products(decoder, mask_tokens, image, chosen)
+        return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
+
+    def _plain_on_cpu(self, decoder: MaskDecoder) -> bool:
+        """Whether the CPU's ways through a decoder are its own: somebody's subclass may do other things."""
+        return type(decoder) is MaskDecoder and decoder.iou_token.weight.device.type == "cpu"
+
+    def _image_pe(self) -> torch.Tensor:
+        """The positional encoding of the image's tokens, made once."""
+        encoder = self.model.prompt_encoder
+        return self._once(self._kept, "image pe", encoder, list(encoder.buffers()), encoder.get_dense_pe)
+
+    def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
+        """Projections of an image without mask prompts, made once per image."""
+        transformer = self.model.mask_decoder.transformer
+        assert isinstance(transformer, TwoWayTransformer)
+        no_mask = self.model.prompt_encoder.no_mask_embed.weight
+        weights = [*transformer.layers[0].parameters(), no_mask]
+
+        def project() -> FirstLayer:
+            image = inputs.features + no_mask.view(1, -1, 1, 1)
+            return project_first_layer(transformer, _pixels(image), _pixels(inputs.pe))
+
+        return self._once(embedding.cache, "first layer", transformer, weights, project)
+
+    def _once(
+        self,
+        store: dict[str, Any],
+        name: str,
+        owner: nn.Module,
+        weights: Sequence[torch.Tensor],
+        make: Callable[[], _Made],
+    ) -> _Made:
+        """What `make` returns, kept in `store` until a weight of `owner` that it depends on changes."""
+        key = self.precision, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights)
+        kept = store.get(name)
+        if kept is None or kept[0]() is not owner or kept[1] != key:
+            kept = weakref.ref(owner), key, make()
+            store[name] = kept
+        return kept[2]
 
     def postprocess(
         self,
@@ -220,6 +318,11 @@ class InferenceRuntime:
         return resize_logits(
             low_res, embedding.input_size, embedding.original_size, embedding.image_size, backend=self.backend
         )
+
+
+def _pixels(image: torch.Tensor) -> torch.Tensor:
+    """[N, C, h, w] -> [N, h * w, C], contiguous."""
+    return image.flatten(2).transpose(1, 2).contiguous()
 
 
 def _above(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:
