@@ -84,7 +84,7 @@ def connected_components_reference(bits: torch.Tensor, width: int) -> tuple[torc
     blocks = 1 + rows[:, None] * ((width + 1) // 2) + columns
     for i in range(n if labels[:1].numel() else 0):
         lowest = torch.where(masks[i], blocks, 0).double()  # exact up to 2**53
-        previous = torch.empty_like(lowest)
+        previous = torch.full_like(lowest, -1)
         while not torch.equal(lowest, previous):
             previous = lowest
             seen = lowest.where(masks[i], math.inf)
