@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Proposals:
     masks: Iterator[np.ndarray]
 
 
-class Method:
+class Method(ABC):
     """A way to segment images; it answers the kinds of prompts that it names.
 
     Attributes:
@@ -64,17 +65,17 @@ class Method:
     prompts: frozenset[str] = frozenset()
     settings: Mapping[str, Any]
 
+    @abstractmethod
     def set_image(self, image: np.ndarray) -> None:
         """Begin an image, uint8 [H, W, 3] RGB; all calls until the next one are about it."""
-        raise NotImplementedError
 
     def click(self, clicks: Sequence[Click], previous: Answer | None) -> Answer:
         """Answer all clicks on an object so far; `previous` is the answer before the last one, None at the first."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not answer prompts of this kind")
 
     def box(self, box: np.ndarray) -> Answer:
         """Answer a box, [4] XYXY of pixel indices, the last ones included."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not answer prompts of this kind")
 
     def box_candidates(self, box: np.ndarray) -> Answer | None:
         """Answer a box with several candidates; None where the method does not know several."""
@@ -82,7 +83,7 @@ class Method:
 
     def everything(self, limit: int) -> Proposals:
         """Propose masks of the whole image, at most `limit`."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} does not answer prompts of this kind")
 
 
 class SamMethod(Method):

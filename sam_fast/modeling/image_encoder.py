@@ -206,14 +206,17 @@ class FoldingNeck(nn.Module):
         out_chans: C, channels of the embedding.
 
     Raises:
-        ValueError: there are fewer than two stages, or a token's pixels do not divide its channels.
+        ValueError: patches are not of 16 pixels, there are fewer than two stages, or 16 does not divide `out_chans`.
     """
 
     def __init__(self, stem_channels: tuple[int, ...], patch_size: int, embed_dim: int, out_chans: int) -> None:
         super().__init__()
-        side = patch_size // 4
-        if len(stem_channels) < 2 or out_chans % side**2:
-            raise ValueError(f"{stem_channels} has no second stage that folds into {out_chans} channels")
+        side = 4  # the upscaling of the mask decoder makes 4 x 4 pixels of a token
+        if patch_size != 4 * side or len(stem_channels) < 2 or out_chans % side**2:
+            raise ValueError(
+                f"folding needs patches of 16 pixels, a second stage, and channels in sixteenths; got {patch_size}, "
+                f"{stem_channels} and {out_chans}"
+            )
         channels = stem_channels[1]
         self.context = nn.Conv2d(embed_dim, channels, kernel_size=1)
         self.mix = nn.Sequential(

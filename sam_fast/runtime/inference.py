@@ -260,16 +260,26 @@ class InferenceRuntime:
         return type(decoder) is MaskDecoder and decoder.iou_token.weight.device.type == "cpu"
 
     def _image_pe(self) -> torch.Tensor:
-        """The positional encoding of the image's tokens, made once."""
+        """The positional encoding of the image's tokens; made once on a CPU.
+
+        Channels last: `_pixels` then copies nothing. On a GPU another stream might read it too early.
+        """
         encoder = self.model.prompt_encoder
-        return self._once(self._kept, "image pe", encoder, list(encoder.buffers()), encoder.get_dense_pe)
+        if self.model.device.type != "cpu":
+            return encoder.get_dense_pe()
+        weights = [*encoder.buffers(), *encoder.parameters()]
+
+        def encode() -> torch.Tensor:
+            return encoder.get_dense_pe().contiguous(memory_format=torch.channels_last)
+
+        return self._once(self._kept, "image pe", encoder, weights, encode)
 
     def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
         """Projections of an image without mask prompts, made once per image."""
         transformer = self.model.mask_decoder.transformer
         assert isinstance(transformer, TwoWayTransformer)
         no_mask = self.model.prompt_encoder.no_mask_embed.weight
-        weights = [*transformer.layers[0].parameters(), no_mask]
+        weights = [*transformer.layers[0].parameters(), no_mask, *self.model.prompt_encoder.buffers()]
 
         def project() -> FirstLayer:
             image = inputs.features + no_mask.view(1, -1, 1, 1)

@@ -5,7 +5,6 @@ Source: Kirillov et al., "Segment Anything", 2023, appendix A, "Training algorit
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
@@ -51,7 +50,7 @@ class StepStatistics:
     """Means over the objects of a step, tensors without dimensions on the device; NaN for what a step does not do.
 
     Attributes:
-        loss: everything that was back-propagated.
+        loss: of all prompts, as back-propagated.
         first_iou: true IoU of the mask with the highest predicted IoU after the first prompt.
         best_iou: the highest true IoU among the masks after the first prompt.
         last_iou: true IoU after all corrections, of the objects that were corrected.
@@ -142,11 +141,11 @@ class InteractiveStep:
     ) -> Tensor:
         """Teach the encoder which pixels belong together, from all embeddings [B, C, h, w]: the IoU of the groups."""
         anchors = draw_anchors(batch.regions, _ANCHORS, generator)
-        upscaling = copy.deepcopy(self.model.mask_decoder.output_upscaling).requires_grad_(False)
         with self.autocast:
-            upscaled = upscale_by_products(upscaling, embeddings)
+            upscaled = upscale_by_products(self.model.mask_decoder.output_upscaling, embeddings)
         loss, iou = grouping_loss(upscaled, batch.regions, anchors)
-        (scale * settings.grouping * loss).backward()
+        (gradient,) = torch.autograd.grad(scale * settings.grouping * loss, embeddings)  # of nothing in the decoder
+        embeddings.grad = gradient if embeddings.grad is None else embeddings.grad + gradient
         return iou
 
     def _image(

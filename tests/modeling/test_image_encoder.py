@@ -150,8 +150,10 @@ def test_folded_pixels_are_unfolded_by_the_upscaling_that_training_begins_with()
     near, token = difference[8:11, 5:8], difference[8:12, 4:8]  # the neck convolves 3 x 3 pixels
     assert difference.sum().item() == pytest.approx(token.sum().item()), "no other token"
     assert near.mean() > 2 * (token.sum() - near.sum()) / 7, "the normalisation spreads it a little"
-    with pytest.raises(ValueError, match="no second stage"):
+    with pytest.raises(ValueError, match="folding needs patches of 16 pixels, a second stage"):
         code.FoldingNeck((8,), 16, 32, 256)
+    with pytest.raises(ValueError, match="got 8, "):
+        code.FoldingNeck((8, 16), 8, 32, 256)
 
 
 def test_gradients_reach_every_weight_of_an_encoder_with_a_stem():
