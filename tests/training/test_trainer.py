@@ -153,6 +153,17 @@ def test_overfits_one_scene(tmp_path):
     assert np.mean(ious) > 0.95, ious
 
 
+def test_grouping_comes_first_and_alone_if_asked(tmp_path):
+    config = replace(CONFIG, steps=2, clicks=0, grouping=1.0, grouping_steps=1, log_every=1)
+    train(tmp_path, config)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        first, second = ({k: float(v) for k, v in row.items()} for row in csv.DictReader(file))
+    assert np.isnan(first["loss"]) and np.isfinite(second["loss"])
+    assert np.isfinite([first["grouping_iou"], second["grouping_iou"]]).all()
+    with pytest.raises(ValueError, match="grouping_steps need a grouping above 0"):
+        replace(CONFIG, grouping_steps=1)
+
+
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     """`torchrun` with gloo on the CPU; without corrections and drop path both see the same prompts."""
     config = replace(CONFIG, steps=3, batch_size=2, clicks=0, drop_path=0.0, box_share=0.0, clip=0.0)
