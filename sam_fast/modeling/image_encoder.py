@@ -112,21 +112,29 @@ class ImageEncoderViT(nn.Module):
         Raises:
             ValueError: not four dimensions, or the patch size does not divide H and W.
         """
+        tokens, fine = self.to_tokens(x)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.to_embedding(tokens, fine)
+
+    def to_tokens(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Before the blocks: tokens with their positions [B, H/patch, W/patch, C], and the stem's pixels, if any."""
         if x.dim() != 4 or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
             raise ValueError(
                 f"images must be [B, C, H, W] with H and W multiples of {self.patch_size}, got {tuple(x.shape)}"
             )
         if isinstance(self.patch_embed, ConvStem):
-            x, fine = self.patch_embed.with_details(x)
+            tokens, fine = self.patch_embed.with_details(x)
         else:
-            x, fine = self.patch_embed(x), None
-        # x is [B, H, W, C], H and W in tokens, from here on.
+            tokens, fine = self.patch_embed(x), None
         if self.pos_embed is not None:
-            x = x + resize_absolute_positions(self.pos_embed, (x.shape[1], x.shape[2]))
-        for block in self.blocks:
-            x = block(x)
-        x = x.permute(0, 3, 1, 2)
-        return self.neck(x) if fine is None else self.neck(x, fine)
+            tokens = tokens + resize_absolute_positions(self.pos_embed, (tokens.shape[1], tokens.shape[2]))
+        return tokens, fine
+
+    def to_embedding(self, tokens: Tensor, fine: Tensor | None) -> Tensor:
+        """After the blocks: tokens [B, h, w, C] and the stem's pixels to the embedding [B, out_chans, h, w]."""
+        tokens = tokens.permute(0, 3, 1, 2)
+        return self.neck(tokens) if fine is None else self.neck(tokens, fine)
 
 
 class PatchEmbed(nn.Module):

@@ -17,6 +17,10 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "nms": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "rel_pos_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "two_way_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "upscale_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
 }
 
 

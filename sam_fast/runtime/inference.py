@@ -13,9 +13,10 @@ from torch import nn
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
 from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
+from sam_fast.runtime.image_encoder import can_encode, encode
 from sam_fast.runtime.precision import resolve_precision
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
-from sam_fast.runtime.upscaling import masks_by_products
+from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
 
 _Made = TypeVar("_Made")
 
@@ -65,7 +66,8 @@ class InferenceRuntime:
             model: the Sam to run; its weights are read at every call, so they may change in between.
             precision: auto, fp32, bf16 or fp16 (see `resolve_precision`). A model that was converted (`half()`,
                 `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is narrower.
-            backend: which implementation of the operations runs: auto, native or torch.
+            backend: which implementation of the operations runs: auto, native or torch. With native, the model's own
+                operations are native where they can be, that is for float32 on a CPU.
 
         Raises:
             ValueError: unknown precision or backend.
@@ -78,6 +80,11 @@ class InferenceRuntime:
         resolve_precision(precision, model.device)
         if backend not in ("auto", "native", "torch"):
             raise ValueError(f"backend must be auto, native or torch, got {backend!r}")
+
+    @property
+    def _model_backend(self) -> str:
+        """Of operations inside the model, which formats or shapes may rule out."""
+        return "torch" if self.backend == "torch" else "auto"
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: not what was derived from the weights."""
@@ -106,7 +113,7 @@ class InferenceRuntime:
         input_size = (images.shape[-2], images.shape[-1])
         with self._autocast():
             pixels = self.model.preprocess(images).to(_weight_dtype(self.model.image_encoder))
-            features = self.model.image_encoder(pixels).float().contiguous()
+            features = self._features(pixels).float().contiguous()
         return [
             ImageEmbedding(
                 features[i : i + 1],
@@ -118,6 +125,14 @@ class InferenceRuntime:
             )
             for i, original_size in enumerate(original_sizes)
         ]
+
+    def _features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The image encoder's output, the cheapest way for these weights."""
+        encoder = self.model.image_encoder
+        narrow = pixels.dtype != torch.float32 or torch.is_autocast_enabled(pixels.device.type)
+        if narrow or pixels.device.type != "cpu" or not can_encode(encoder):
+            return encoder(pixels)
+        return encode(encoder, pixels, self._model_backend)
 
     def adopt(
         self, features: torch.Tensor, original_size: tuple[int, int], input_size: tuple[int, int]
@@ -243,7 +258,8 @@ class InferenceRuntime:
             image = _pixels(inputs.features + inputs.dense)
             if len(image) != len(tokens):
                 image = project_first_layer(decoder.transformer, image, pe)
-        tokens, written = two_way(decoder.transformer, image, pe, tokens)
+        results = 1 + decoder.num_mask_tokens
+        tokens, written = two_way(decoder.transformer, image, pe, tokens, results=results, backend=self._model_backend)
         mask_tokens, iou = decoder.read_tokens(tokens)
         return mask_tokens, written.transpose(1, 2).unflatten(2, tuple(inputs.features.shape[-2:])), iou
 
@@ -251,8 +267,8 @@ class InferenceRuntime:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        if self._plain_on_cpu(decoder):
-            return masks_by_products(decoder, mask_tokens, image, chosen)
+        if self._plain_on_cpu(decoder) and can_upscale_by_products(decoder.output_upscaling):
+            return masks_by_products(decoder, mask_tokens, image, chosen, self._model_backend)
         return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
 
     def _plain_on_cpu(self, decoder: MaskDecoder) -> bool:

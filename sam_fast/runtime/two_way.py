@@ -1,14 +1,8 @@
 """The two-way transformer of the mask decoder without projections of the image: exact algebra, and far fewer products.
 
-Notation: X [P, C] are the image's tokens, `pe` their positional encoding, T the prompt's tokens, and Wq, Wk, Wv, Wo the
-projections of an attention with h heads of width d.
-
-* A token that reads the image scores (q Wk) (X + pe)^T / sqrt(d), head by head: the few queries go through Wk instead
-  of the image, and q . bk, the same for every pixel, cancels in the softmax. What it reads is (softmax X) Wv^T + bv.
-* A pixel that reads tokens scores (X + pe) (Wq^T k) / sqrt(d) + bq . k / sqrt(d), and adds softmax (v Wo^T) + bo: again
-  it is the tokens that are projected.
-* Before prompts have written into it, the image is the same for all of them, unless they bring masks: its projections
-  in the first layer are computed once per image (`FirstLayer`).
+What happens to the image's pixels is `ops.two_way_attention`, whose docstring has the algebra; the token side is here.
+Before prompts have written into it, the image is the same for all of them, unless they bring masks: its projections in
+the first layer are computed once per image (`FirstLayer`).
 
 Up to rounding (relative 1e-6 in float32) the numbers are those of `modeling.TwoWayTransformer`, which stays the
 reference and is what training uses.
@@ -18,11 +12,11 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from sam_fast.ops.two_way_attention import Write, two_way_attention
 
 MOST_TOKENS = 16  # of a prompt; with more of them it is cheaper to project the image
 
@@ -33,7 +27,7 @@ class FirstLayer(NamedTuple):
     Attributes:
         image: X [1, P, C], the image embedding with the dense prompt "no mask".
         keys, values: [1, h, P, d], for tokens that read the image.
-        queries: [P, h * d], of pixels that read tokens.
+        queries: [P, d, h], of pixels that read tokens.
     """
 
     image: Tensor
@@ -51,7 +45,8 @@ def can_absorb(transformer: nn.Module) -> bool:
         return False
     attentions = [module for module in transformer.modules() if isinstance(module, Attention)]
     layers = (getattr(a, name) for a in attentions for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-    return all(type(layer) is nn.Linear for layer in layers)
+    norms = (layer.norm4 for layer in _layers(transformer))
+    return all(type(layer) is nn.Linear for layer in layers) and all(type(norm) is nn.LayerNorm for norm in norms)
 
 
 def project_first_layer(transformer: TwoWayTransformer, image: Tensor, pe: Tensor) -> FirstLayer:
@@ -60,11 +55,18 @@ def project_first_layer(transformer: TwoWayTransformer, image: Tensor, pe: Tenso
     reading, writing = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
     placed = image + pe
     keys, values = _heads(reading, reading.k_proj(placed)), _heads(reading, reading.v_proj(image))
-    return FirstLayer(image, keys.contiguous(), values.contiguous(), writing.q_proj(placed)[0])
+    queries = writing.q_proj(placed)[0].unflatten(1, (writing.num_heads, -1)).transpose(1, 2)
+    return FirstLayer(image, keys.contiguous(), values.contiguous(), queries.contiguous())
 
 
 def two_way(
-    transformer: TwoWayTransformer, image: Tensor | FirstLayer, pe: Tensor, tokens: Tensor
+    transformer: TwoWayTransformer,
+    image: Tensor | FirstLayer,
+    pe: Tensor,
+    tokens: Tensor,
+    *,
+    results: int | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """What `transformer` returns for N prompts.
 
@@ -73,27 +75,27 @@ def two_way(
         image: X [N, P, C], or what `project_first_layer` made of an image that all prompts share.
         pe: [1, P, C].
         tokens: [N, T, C], output tokens and prompt.
+        results: how many of the tokens, the first ones, are wanted; the others need not read the image at last.
+        backend: of `ops.two_way_attention`.
 
     Returns:
-        tokens [N, T, C] and image [N, P, C].
+        tokens [N, results, C] and image [N, P, C].
     """
-    layers = _layers(transformer)
-    if isinstance(image, FirstLayer):
-        layer = layers.pop(0)
-        queries = _share(layer, tokens, tokens)
-        queries = _digest(layer, queries, _read_projected(layer.cross_attn_token_to_image, queries + tokens, image))
-        written = _write_projected(layer.cross_attn_image_to_token, queries + tokens, queries, image)
-        keys = layer.norm4(image.image + written)
-    else:
-        queries, keys = tokens, image
-    for layer in layers:
-        placed = keys + pe
+    queries, write = tokens, None
+    first, pixels = (image, image.image) if isinstance(image, FirstLayer) else (None, image)
+    for layer in _layers(transformer):
         queries = _share(layer, queries, tokens)
-        queries = _digest(layer, queries, _read(layer.cross_attn_token_to_image, queries + tokens, keys, placed))
-        written = _write(layer.cross_attn_image_to_token, queries + tokens, queries, placed)
-        keys = layer.norm4(keys + written)
-    read = _read(transformer.final_attn_token_to_image, queries + tokens, keys, keys + pe)
-    return transformer.norm_final_attn(queries + read), keys
+        if first is not None:
+            read = _read_projected(layer.cross_attn_token_to_image, queries + tokens, first)
+        else:
+            pixels, read = _sweep(layer.cross_attn_token_to_image, queries + tokens, pixels, pe, write, backend)
+        queries = layer.norm2(queries + read)
+        queries = layer.norm3(queries + layer.mlp(queries))
+        write = _offer(layer.cross_attn_image_to_token, layer.norm4, queries + tokens, queries, first)
+        first = None
+    queries, tokens = queries[:, :results], tokens[:, :results]
+    pixels, read = _sweep(transformer.final_attn_token_to_image, queries + tokens, pixels, pe, write, backend)
+    return transformer.norm_final_attn(queries + read), pixels
 
 
 def _layers(transformer: TwoWayTransformer) -> list[TwoWayAttentionBlock]:
@@ -108,21 +110,17 @@ def _share(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tens
     return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
 
 
-def _digest(layer: TwoWayAttentionBlock, queries: Tensor, read: Tensor) -> Tensor:
-    """What tokens make of what they read."""
-    queries = layer.norm2(queries + read)
-    return layer.norm3(queries + layer.mlp(queries))
-
-
-def _read(attention: Attention, queries: Tensor, image: Tensor, placed: Tensor) -> Tensor:
-    """Tokens [N, T, C] read images [N, P, C], `placed` with their encoding: [N, T, C]."""
-    T = queries.shape[1]
-    q = _heads(attention, attention.q_proj(queries))  # [N, h, T, d]
-    absorbed = (q @ _by_head(attention, attention.k_proj.weight)).flatten(1, 2)  # [N, h T, C]
-    scores = absorbed @ placed.transpose(1, 2) * q.shape[3] ** -0.5  # [N, h T, P]
-    read = (scores.softmax(2) @ image).unflatten(1, (attention.num_heads, T))
-    values = read @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [N, h, T, d]
-    return attention.out_proj(_side_by_side(values) + attention.v_proj.bias)
+def _sweep(
+    attention: Attention, queries: Tensor, image: Tensor, pe: Tensor, write: Write | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Write into images [N or 1, P, C], then let tokens [N, T, C] read them: images [N, P, C], tokens [N, T, C]."""
+    q = _heads(attention, attention.q_proj(queries)) * _scale(attention)
+    absorbed = _rows(q @ _by_head(attention, attention.k_proj.weight)).transpose(1, 2)  # [N, C, R]
+    image, read = two_way_attention(image, pe[0], write, absorbed, attention.num_heads, backend=backend)
+    assert read is not None
+    by_head = read.unflatten(1, (-1, attention.num_heads)).transpose(1, 2)  # [N, h, T, C]
+    values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [N, h, T, d]
+    return image, attention.out_proj(_side_by_side(values) + attention.v_proj.bias)
 
 
 def _read_projected(attention: Attention, queries: Tensor, first: FirstLayer) -> Tensor:
@@ -133,33 +131,28 @@ def _read_projected(attention: Attention, queries: Tensor, first: FirstLayer) ->
     return attention.out_proj(_side_by_side(read.unflatten(1, (N, T)).transpose(0, 1)))
 
 
-def _write(attention: Attention, placed_tokens: Tensor, tokens: Tensor, placed: Tensor) -> Tensor:
-    """What images [N, P, C], with their encoding, take from tokens [N, T, C], with and without theirs: [N, P, C]."""
-    width = attention.internal_dim // attention.num_heads
-    k = _heads(attention, attention.k_proj(placed_tokens)) * width**-0.5
-    absorbed = (k @ _by_head(attention, attention.q_proj.weight)).flatten(1, 2)  # [N, h T, C]
-    constant = (k * attention.q_proj.bias.view(attention.num_heads, 1, width)).sum(3).flatten(1)[:, None]
-    return _take(attention, torch.baddbmm(constant, placed, absorbed.transpose(1, 2)), tokens)
-
-
-def _write_projected(attention: Attention, placed_tokens: Tensor, tokens: Tensor, first: FirstLayer) -> Tensor:
-    """What one image takes from the tokens [N, T, C] of each prompt, through its queries: [N, P, C]."""
-    N, T, _ = tokens.shape
-    width = attention.internal_dim // attention.num_heads
-    k = _heads(attention, attention.k_proj(placed_tokens)) * width**-0.5  # [N, h, T, d]
-    # Keys of a head stand against the channels of that head alone, so that one product serves all prompts and heads.
-    blocks = k.new_zeros(N, attention.num_heads, T, attention.num_heads, width)
-    blocks.diagonal(dim1=1, dim2=3).copy_(k.permute(0, 2, 3, 1))
-    scores = first.queries @ blocks.view(N * attention.num_heads * T, attention.internal_dim).T  # [P, N h T]
-    return _take(attention, scores.unflatten(1, (N, attention.num_heads * T)).transpose(0, 1), tokens)
-
-
-def _take(attention: Attention, scores: Tensor, tokens: Tensor) -> Tensor:
-    """Pixels with scores [N, P, h T] take from tokens [N, T, C]: [N, P, C]."""
+def _offer(
+    attention: Attention, norm: nn.LayerNorm, placed_tokens: Tensor, tokens: Tensor, first: FirstLayer | None
+) -> Write:
+    """What tokens [N, T, C], with and without their encoding, offer to the image."""
+    k = _heads(attention, attention.k_proj(placed_tokens)) * _scale(attention)  # [N, h, T, d]
     v = _heads(attention, attention.v_proj(tokens))
-    offered = (v @ _by_head(attention, attention.out_proj.weight.T)).flatten(1, 2)  # [N, h T, C]
-    shares = scores.unflatten(2, (attention.num_heads, tokens.shape[1])).softmax(3).flatten(2)
-    return torch.baddbmm(attention.out_proj.bias, shares, offered)
+    offered = _rows(v @ _by_head(attention, attention.out_proj.weight.T))
+    rest = offered, attention.out_proj.bias, norm.weight, norm.bias, norm.eps
+    if first is not None:
+        return Write(*rest, queries=first.queries, keys=k.permute(0, 2, 3, 1))
+    absorbed = _rows(k @ _by_head(attention, attention.q_proj.weight)).transpose(1, 2)
+    constant = (k * attention.q_proj.bias.view(attention.num_heads, 1, -1)).sum(3).transpose(1, 2).flatten(1)
+    return Write(*rest, absorbed_keys=absorbed, constant=constant)
+
+
+def _scale(attention: Attention) -> float:
+    return (attention.internal_dim // attention.num_heads) ** -0.5
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[N, h, T, C] -> [N, T h, C]."""
+    return x.transpose(1, 2).flatten(1, 2)
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:

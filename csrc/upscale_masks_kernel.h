@@ -1,0 +1,126 @@
+// The inner loops of upscale_masks, compiled once per instruction set; no include guard, no std.
+//
+// A tile of 24 tokens lies with channels as rows and tokens as lanes: normalisation and classifiers then need no sums
+// across lanes, and the weights of both products are read as they are stored.
+
+namespace sam_fast {
+namespace {
+
+constexpr int64_t kTileVectors = kUpscaleTile / kLanes;
+
+// Rows of the image to columns: [rows, C] -> [C, 24], zeros where the tile is not full.
+void transpose_tile(float* out, const float* image, int64_t rows, int64_t channels) {
+  const int64_t full = rows - rows % kLanes;
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    float* columns = out + c * kUpscaleTile;
+    for (int64_t p = 0; p < full; p += kLanes)
+      transpose_block(columns + p, kUpscaleTile, image + p * channels + c, channels);
+    for (int i = 0; i < kLanes; ++i) {
+      for (int64_t p = full; p < kUpscaleTile; ++p) {
+        columns[i * kUpscaleTile + p] = p < rows ? image[p * channels + c + i] : 0.0f;
+      }
+    }
+  }
+}
+
+// LayerNorm over rows, then GELU; x [channels, 24] without its bias.
+void normalise_and_activate(float* x, const float* bias, const float* weight, const float* shift, int64_t channels,
+                            float eps) {
+  for (int64_t j = 0; j < kUpscaleTile; j += kLanes) {
+    Vec total{};
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec v = load(x + c * kUpscaleTile + j) + bias[c];
+      store(x + c * kUpscaleTile + j, v);
+      total += v;
+    }
+    const Vec mean = total / static_cast<float>(channels);
+    Vec squares{};
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec v = load(x + c * kUpscaleTile + j) - mean;
+      squares += v * v;
+    }
+    squares = squares / static_cast<float>(channels) + eps;
+    Vec scale;
+#if defined(__AVX__)
+    scale = 1.0f / reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(squares)));
+#else
+    for (int i = 0; i < kLanes; ++i) scale[i] = 1.0f / __builtin_sqrtf(squares[i]);
+#endif
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec v = (load(x + c * kUpscaleTile + j) - mean) * scale * weight[c] + shift[c];
+      store(x + c * kUpscaleTile + j, gelu(v));
+    }
+  }
+}
+
+// Up to four masks of pixels x [channels, 24], activated here; classifiers [4, channels]; out rows are 16 tiles apart.
+void classify(float* out, const float* x, const float* bias, const float* classifiers, int64_t channels,
+              int64_t masks) {
+  for (int64_t j = 0; j < kUpscaleTile; j += kLanes) {
+    Vec sums[kMasksAtOnce] = {};
+    for (int64_t c = 0; c < channels; ++c) {
+      const Vec v = gelu(load(x + c * kUpscaleTile + j) + bias[c]);
+#pragma GCC unroll 4
+      for (int64_t m = 0; m < kMasksAtOnce; ++m) sums[m] += classifiers[m * channels + c] * v;
+    }
+    for (int64_t m = 0; m < masks; ++m) store(out + 16 * m * kUpscaleTile + j, sums[m]);
+  }
+}
+
+// Logits [M, 16, 24] by position in the token's square of 4 x 4, to the rows of the masks.
+void scatter(const UpscaleArguments& a, const float* tile, int64_t image, int64_t start, int64_t rows) {
+  const int64_t width = 4 * a.width;
+  for (int64_t m = 0; m < a.masks; ++m) {
+    float* mask = a.logits + (image * a.masks + m) * 4 * a.height * width;
+    const float* logits = tile + 16 * m * kUpscaleTile;
+    for (int64_t p = 0; p < rows; ++p) {
+      float* square = mask + 4 * ((start + p) / a.width) * width + 4 * ((start + p) % a.width);
+      for (int i = 0; i < 2; ++i) {
+        for (int j = 0; j < 2; ++j) {
+          const float* from = logits + (2 * i + j) * 4 * kUpscaleTile + p;
+          float* to = square + 2 * i * width + 2 * j;
+          to[0] = from[0];
+          to[1] = from[kUpscaleTile];
+          to[width] = from[2 * kUpscaleTile];
+          to[width + 1] = from[3 * kUpscaleTile];
+        }
+      }
+    }
+  }
+}
+
+void upscale(const UpscaleArguments& a, int64_t image, int64_t begin, int64_t end, float* workspace) {
+  const int64_t C = a.channels, C1 = a.first_channels, C2 = a.second_channels;
+  float* const tokens = workspace;                       // [C, 24]
+  float* const first = tokens + C * kUpscaleTile;        // [4, C1, 24]
+  float* const second = first + 4 * C1 * kUpscaleTile;   // [4, C2, 24]
+  float* const logits = second + 4 * C2 * kUpscaleTile;  // [M, 4, 4, 24]
+  float* const some = logits + 16 * a.masks * kUpscaleTile;
+  for (int64_t start = begin; start < end; start += kUpscaleTile) {
+    const int64_t rows = end - start < kUpscaleTile ? end - start : kUpscaleTile;
+    transpose_tile(tokens, a.image + (image * a.height * a.width + start) * C, rows, C);
+    product<false>(first, kUpscaleTile, {a.first_weight, C, 1}, tokens, kUpscaleTile, 4 * C1, kTileVectors, C, false);
+    for (int square = 0; square < 4; ++square) {
+      float* const pixels = first + square * C1 * kUpscaleTile;
+      normalise_and_activate(pixels, a.first_bias, a.norm_weight, a.norm_bias, C1, a.eps);
+      product<false>(second, kUpscaleTile, {a.second_weight, C1, 1}, pixels, kUpscaleTile, 4 * C2, kTileVectors, C1,
+                     false);
+      for (int64_t m = 0; m < a.masks; m += kMasksAtOnce) {
+        const int64_t count = a.masks - m < kMasksAtOnce ? a.masks - m : kMasksAtOnce;
+        for (int64_t i = 0; i < kMasksAtOnce; ++i) {
+          for (int64_t c = 0; c < C2; ++c) {
+            some[i * C2 + c] = i < count ? a.classifiers[((image * a.masks) + m + i) * C2 + c] : 0.0f;
+          }
+        }
+        for (int inner = 0; inner < 4; ++inner) {
+          classify(logits + (16 * m + 4 * square + inner) * kUpscaleTile, second + inner * C2 * kUpscaleTile,
+                   a.second_bias, some, C2, count);
+        }
+      }
+    }
+    scatter(a, logits, image, start, rows);
+  }
+}
+
+}  // namespace
+}  // namespace sam_fast

@@ -1,0 +1,84 @@
+"""Self-attention of an image's tokens in windows, with decomposed relative positions: the image encoder's.
+
+Source: Li et al., "MViTv2", 2022, equation 4; Li et al., "Exploring Plain Vision Transformer Backbones for Object
+Detection" (ViTDet), 2022, section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam_fast import native
+from sam_fast.ops.backend import choose_backend
+
+
+def rel_pos_attention(
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    rel_pos: tuple[Tensor, Tensor] | None,
+    window: tuple[int, int],
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + q . Rh[y_q - y_k] + q . Rw[x_q - x_k]) v within each window.
+
+    Windows tile the image from its upper left corner. Where the last ones reach beyond it there are tokens of padding,
+    which take part unmasked, as in the official code: their projections are the bias alone.
+
+    Args:
+        qkv: projected tokens with their bias, [B, H, W, 3, heads, d].
+        qkv_bias: [3 heads d], what padding is projected to; None if the projection has no bias.
+        rel_pos: Rh [2 rows - 1, d] and Rw [2 columns - 1, d], or None.
+        window: rows and columns of a window; (H, W) for attention over the whole image.
+        backend: "native", "torch" or "auto", which takes the native one for float32 and widths in eights.
+
+    Returns:
+        [B, H, W, heads d].
+
+    Raises:
+        ValueError: shapes do not fit, or the native backend cannot take these.
+    """
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be [B, H, W, 3, heads, d], got {list(qkv.shape)}")
+    B, H, W, _, heads, d = qkv.shape
+    if rel_pos is not None and [len(table) for table in rel_pos] != [2 * side - 1 for side in window]:
+        raise ValueError(f"relative positions {[len(t) for t in rel_pos]} do not fit windows of {window}")
+    tensors = [x for x in (qkv, qkv_bias, *(rel_pos or ())) if x is not None]
+    fits = d % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
+    if backend == "native" and not fits:
+        raise ValueError("the native rel_pos_attention takes float32 and heads as wide as a multiple of 8")
+    if choose_backend("rel_pos_attention", backend if fits else "torch", *tensors) == "torch":
+        return rel_pos_attention_reference(qkv, qkv_bias, rel_pos, window)
+    output = qkv.new_empty(B, H, W, heads * d)
+    rel_h, rel_w = (None, None) if rel_pos is None else (table.contiguous() for table in rel_pos)
+    bias = None if qkv_bias is None else qkv_bias.contiguous()
+    native.module().rel_pos_attention(
+        output, qkv.contiguous(), bias, rel_h, rel_w, *window, d**-0.5, native.num_threads()
+    )
+    return output
+
+
+def rel_pos_attention_reference(
+    qkv: Tensor, qkv_bias: Tensor | None, rel_pos: tuple[Tensor, Tensor] | None, window: tuple[int, int]
+) -> Tensor:
+    """`rel_pos_attention` in PyTorch, windows and biases materialised."""
+    B, H, W, _, heads, d = qkv.shape
+    h, w = window
+    rows, columns = -(-H // h), -(-W // w)
+    padding = qkv.new_zeros(3 * heads * d) if qkv_bias is None else qkv_bias
+    padded = padding.view(3, heads, d).expand(B, rows * h, columns * w, 3, heads, d).clone()
+    padded[:, :H, :W] = qkv
+    tiles = padded.view(B, rows, h, columns, w, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = tiles.flatten(5, 6).flatten(1, 3)  # each [windows, heads, h w, d]
+    bias = None
+    if rel_pos is not None:
+        spread = q.unflatten(2, (h, w))
+        offsets = [torch.arange(side)[:, None] - torch.arange(side) + side - 1 for side in window]
+        bias_h = torch.einsum("bnhwd,hkd->bnhwk", spread, rel_pos[0][offsets[0]])
+        bias_w = torch.einsum("bnhwd,wkd->bnhwk", spread, rel_pos[1][offsets[1]])
+        bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(*q.shape[:2], h * w, h * w)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    x = x.view(B, rows, columns, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(B, rows * h, columns * w, heads * d)[:, :H, :W]

@@ -1,0 +1,75 @@
+"""The image encoder for inference on a CPU: nothing is padded, and neither scores nor relative biases are ever whole.
+
+Up to rounding (relative 1e-6 in float32) the numbers are those of `modeling.ImageEncoderViT`, which stays the reference
+and is what training uses.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sam_fast.modeling.image_encoder import Attention, Block, ImageEncoderViT, resize_relative_positions
+from sam_fast.modeling.layers import MLPBlock
+from sam_fast.ops.gelu import gelu_
+from sam_fast.ops.rel_pos_attention import rel_pos_attention
+
+_TOKENS_AT_ONCE = 1024  # in a perceptron: what its hidden layer holds then stays in the cache (12 MB for ViT-B)
+
+
+def can_encode(encoder: nn.Module) -> bool:
+    """Whether an encoder is the plain one, whose weights may be read: no subclass, and no other kind of layer in it.
+
+    Quantised, adapted or parametrised layers compute what their `weight` does not say.
+    """
+    if type(encoder) is not ImageEncoderViT or encoder.training:
+        return False
+    for block in encoder.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not MLPBlock:
+            return False
+        layers = (block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2)
+        act = block.mlp.act
+        if (
+            any(type(layer) is not nn.Linear for layer in layers)
+            or type(act) is not nn.GELU
+            or act.approximate != "none"
+        ):
+            return False
+    return True
+
+
+def encode(encoder: ImageEncoderViT, images: Tensor, backend: str = "auto") -> Tensor:
+    """What `encoder(images)` returns, without gradients: [B, 3, H, W] -> [B, C, H/patch, W/patch].
+
+    Args:
+        encoder: one that `can_encode` says yes to.
+        images: as for the encoder.
+        backend: of the operations.
+    """
+    tokens, fine = encoder.to_tokens(images)
+    tokens = tokens.contiguous()
+    for block in encoder.blocks:
+        tokens = _block(block, tokens, backend)
+    return encoder.to_embedding(tokens, fine)
+
+
+def _block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """A transformer block over tokens [B, H, W, C]."""
+    assert isinstance(block, Block)
+    attention, mlp = block.attn, block.mlp
+    H, W = x.shape[1:3]
+    window = (block.window_size, block.window_size) if block.window_size else (H, W)
+    rel_pos = None
+    if attention.use_rel_pos:
+        rel_pos = (
+            resize_relative_positions(attention.rel_pos_h, 2 * window[0] - 1),
+            resize_relative_positions(attention.rel_pos_w, 2 * window[1] - 1),
+        )
+    qkv = attention.qkv(block.norm1(x)).unflatten(3, (3, attention.num_heads, -1))
+    read = rel_pos_attention(qkv, attention.qkv.bias, rel_pos, window, backend=backend)
+    del qkv
+    x = x + attention.proj(read)
+    rows = x.flatten(0, 2)
+    for some in rows.split(_TOKENS_AT_ONCE):
+        hidden = gelu_(mlp.lin1(block.norm2(some)), backend=backend)
+        some += mlp.lin2(hidden)
+    return x

@@ -1,0 +1,147 @@
+"""The image side of two-way attention: native code against PyTorch, and PyTorch against attention as it is written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import relative_error
+from torch import Tensor
+
+from sam_fast.modeling.transformer import Attention
+from sam_fast.ops.two_way_attention import Write, two_way_attention, two_way_attention_reference
+
+TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def problem(
+    prompts: int,
+    pixels: int,
+    channels: int,
+    tokens: int,
+    readers: int,
+    *,
+    shared: bool,
+    projected: bool,
+    heads: int = 8,
+) -> tuple[Tensor, Tensor, Write | None, Tensor | None]:
+    """Random arguments; without tokens there is no write, without readers no read."""
+    image = random(1 if shared else prompts, pixels, channels, seed=1)
+    pe = random(pixels, channels, seed=2)
+    write = None
+    if tokens:
+        R, width = heads * tokens, 16
+        rest = (
+            random(prompts, R, channels, seed=3),
+            random(channels, seed=4),
+            1 + random(channels, seed=5, scale=0.1),
+            random(channels, seed=6),
+            1e-5,
+        )
+        if projected:
+            keys = random(prompts, tokens, width, heads, seed=7, scale=0.5)
+            write = Write(*rest, queries=random(pixels, width, heads, seed=8), keys=keys)
+        else:
+            absorbed = random(prompts, channels, R, seed=9, scale=channels**-0.5)
+            write = Write(*rest, absorbed_keys=absorbed, constant=random(prompts, R, seed=10))
+    queries = random(prompts, channels, heads * readers, seed=11, scale=3 * channels**-0.5) if readers else None
+    return image, pe, write, queries
+
+
+def in_float64(arguments: tuple) -> tuple:
+    image, pe, write, queries = arguments
+    wide = None if write is None else Write(*(x.double() if isinstance(x, Tensor) else x for x in write))
+    return image.double(), pe.double(), wide, None if queries is None else queries.double()
+
+
+CASES = {
+    "many prompts": ((9, 100, 64, 7, 5), {}),
+    "one prompt, shared out": ((1, 1000, 256, 7, 7), {}),
+    "one image each": ((3, 97, 256, 7, 5), {"shared": False}),
+    "projected queries": ((3, 130, 256, 7, 7), {"projected": True}),
+    "one token, one pixel": ((2, 1, 8, 1, 1), {}),
+    "many tokens": ((1, 49, 24, 16, 16), {}),
+    "more readers than tokens": ((2, 60, 32, 2, 9), {}),
+    "nobody reads": ((2, 60, 32, 3, 0), {}),
+    "nobody writes": ((2, 60, 40, 0, 3), {"shared": False}),
+    "nobody writes into one image": ((4, 60, 40, 0, 3), {}),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_native_equals_reference(name, threads, monkeypatch):
+    shape, options = CASES[name]
+    arguments = problem(*shape, **{"shared": True, "projected": False, **options})
+    monkeypatch.setattr("sam_fast.native.num_threads", lambda: threads)
+    written, read = two_way_attention(*arguments, 8, backend="native")
+    expected, expected_read = two_way_attention_reference(*in_float64(arguments), 8)
+    assert written.shape == expected.shape and relative_error(written.double(), expected) <= TOLERANCE
+    if expected_read is None:
+        assert read is None
+    else:
+        assert read is not None and read.shape == expected_read.shape
+        assert relative_error(read.double(), expected_read) <= TOLERANCE
+
+
+def test_large_scores_do_not_overflow():
+    image, pe, write, queries = problem(2, 200, 64, 7, 7, shared=True, projected=False)
+    assert write is not None and queries is not None and write.absorbed_keys is not None
+    write = write._replace(absorbed_keys=300 * write.absorbed_keys)
+    arguments = (image, pe, write, 300 * queries)
+    got = two_way_attention(*arguments, 8, backend="native")
+    expected = two_way_attention_reference(*in_float64(arguments), 8)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours is not None and theirs is not None and ours.isfinite().all()
+        assert relative_error(ours.double(), theirs) <= 1e-3  # scores of some thousands, rounded to 1e-4, are exponents
+
+
+def test_image_is_left_alone_and_not_a_number_stays_in_its_prompt():
+    image, pe, write, queries = problem(2, 60, 32, 3, 3, shared=False, projected=False)
+    image[1, 5] = torch.nan
+    before = image.clone()
+    written, read = two_way_attention(image, pe, write, queries, 8, backend="native")
+    assert torch.equal(image.nan_to_num(7), before.nan_to_num(7))
+    assert read is not None and written[0].isfinite().all() and read[0].isfinite().all()
+    assert written[1, 5].isnan().all() and written[1, 6].isfinite().all()
+    assert read[1].isnan().all()
+
+
+@torch.no_grad()
+def test_reference_is_attention():
+    """Absorbed products against an attention that projects the image."""
+    torch.manual_seed(0)
+    attention = Attention(64, 8, 2).double()
+    image, pe = random(2, 30, 64).double(), random(1, 30, 64, seed=1).double()
+    tokens = random(2, 5, 64, seed=2).double()
+    q = attention._heads(attention.q_proj(tokens)) * 4**-0.5
+    absorbed = (q @ attention.k_proj.weight.unflatten(0, (8, -1))).transpose(1, 2).flatten(1, 2).transpose(1, 2)
+    _, read = two_way_attention_reference(image, pe[0], None, absorbed, 8)
+    assert read is not None
+    values = read.unflatten(1, (5, 8)).transpose(1, 2) @ attention.v_proj.weight.unflatten(0, (8, -1)).transpose(1, 2)
+    got = attention.out_proj(values.transpose(1, 2).flatten(2) + attention.v_proj.bias)
+    assert relative_error(got, attention(tokens, image + pe, image)) <= 1e-12
+
+
+def test_bad_input():
+    image, pe, write, queries = problem(2, 60, 32, 3, 3, shared=True, projected=False)
+    with pytest.raises(ValueError, match="pe must be"):
+        two_way_attention(image, pe[:-1], write, queries, 8)
+    with pytest.raises(ValueError, match="8 heads"):
+        two_way_attention(image, pe, write, queries, 4, backend="native")
+    with pytest.raises(ValueError, match="float32"):
+        two_way_attention(*in_float64((image, pe, write, queries)), 8, backend="native")
+    assert write is not None
+    with pytest.raises(ValueError, match="wrong size"):
+        two_way_attention(image, pe, write._replace(bias=write.bias[:-8]), queries, 8, backend="native")
+    written, _ = two_way_attention(*in_float64((image, pe, write, queries)), 8)  # auto: float64 is PyTorch's
+    assert written.dtype == torch.float64
+
+
+def test_no_prompts():
+    image, pe, write, queries = problem(0, 60, 32, 3, 3, shared=True, projected=False)
+    written, read = two_way_attention(image, pe, write, queries, 8, backend="native")
+    assert read is not None and written.shape == (0, 60, 32) and read.shape == (0, 24, 32)
