@@ -1,6 +1,5 @@
 #include "gelu.h"
 #include "gelu_kernel.h"
-#include "vector_math.h"
 
 namespace sam_fast {
 const GeluKernel kGeluBase = activate;

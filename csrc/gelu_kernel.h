@@ -1,5 +1,7 @@
 // The loop of gelu, compiled once per instruction set; no include guard, no std.
 
+#include "vector_math.h"
+
 namespace sam_fast {
 namespace {
 

@@ -4,6 +4,8 @@
 // query and a key is one number per query and key row plus one per query and key column, both products of the unscaled
 // query with a table: scores begin as their sum, and q k^T is added.
 
+#include "vector_math.h"
+
 namespace sam_fast {
 namespace {
 

@@ -1,6 +1,5 @@
 #include "two_way_attention.h"
 #include "two_way_attention_kernel.h"
-#include "vector_math.h"
 
 namespace sam_fast {
 const TwoWaySweep kTwoWaySweepAvx2 = sweep;

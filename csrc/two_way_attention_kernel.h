@@ -3,6 +3,8 @@
 // A tile of pixels goes through all of its steps while it is in the second-level cache. The eight heads are the lanes
 // of a vector: row t of a pixel's scores is one vector per token, and the softmax over tokens needs no shuffles.
 
+#include "vector_math.h"
+
 namespace sam_fast {
 namespace {
 

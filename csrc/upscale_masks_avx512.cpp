@@ -1,6 +1,5 @@
 #include "upscale_masks.h"
 #include "upscale_masks_kernel.h"
-#include "vector_math.h"
 
 namespace sam_fast {
 const UpscaleKernel kUpscaleAvx512 = upscale;

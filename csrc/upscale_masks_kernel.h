@@ -3,6 +3,8 @@
 // A tile of 24 tokens lies with channels as rows and tokens as lanes: normalisation and classifiers then need no sums
 // across lanes, and the weights of both products are read as they are stored.
 
+#include "vector_math.h"
+
 namespace sam_fast {
 namespace {
 

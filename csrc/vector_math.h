@@ -131,25 +131,25 @@ template <int kRows, int kVectors>
 inline void product_block(float* c, int64_t ldc, const float* a, const Matrix& shape, const float* b, int64_t ldb,
                           int64_t depth, bool accumulate) {
   Vec sums[kRows][kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int j = 0; j < kVectors; ++j) sums[i][j] = accumulate ? load(c + i * ldc + j * kLanes) : Vec{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int j = 0; j < kVectors; ++j) row[j] = load(b + k * ldb + j * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
       const Vec factor = splat(a[i * shape.row_stride + k * shape.column_stride]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int j = 0; j < kVectors; ++j) sums[i][j] += factor * row[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kLanes, sums[i][j]);
   }
 }
@@ -158,7 +158,7 @@ inline void product_block(float* c, int64_t ldc, const float* a, const Matrix& s
 template <int kVectors>
 inline void product_columns(float* c, int64_t ldc, const Matrix& a, const float* b, int64_t ldb, int64_t rows,
                             int64_t depth, bool accumulate) {
-  constexpr int kRows = 12 / kVectors > 6 ? 6 : 12 / kVectors;
+  constexpr int kRows = 12 / kVectors;
   int64_t i = 0;
   for (; i + kRows <= rows; i += kRows) {
     product_block<kRows, kVectors>(c + i * ldc, ldc, a.data + i * a.row_stride, a, b, ldb, depth, accumulate);

@@ -43,10 +43,17 @@ def can_absorb(transformer: nn.Module) -> bool:
     """
     if type(transformer) is not TwoWayTransformer:
         return False
-    attentions = [module for module in transformer.modules() if isinstance(module, Attention)]
-    layers = (getattr(a, name) for a in attentions for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
-    norms = (layer.norm4 for layer in _layers(transformer))
-    return all(type(layer) is nn.Linear for layer in layers) and all(type(norm) is nn.LayerNorm for norm in norms)
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in _layers(transformer):
+        if type(layer) is not TwoWayAttentionBlock or type(layer.norm4) is not nn.LayerNorm:
+            return False
+        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    return all(
+        type(attention) is Attention
+        and type(attention.q_proj) is type(attention.k_proj) is nn.Linear
+        and type(attention.v_proj) is type(attention.out_proj) is nn.Linear
+        for attention in attentions
+    )
 
 
 def project_first_layer(transformer: TwoWayTransformer, image: Tensor, pe: Tensor) -> FirstLayer:
