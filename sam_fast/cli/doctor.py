@@ -35,6 +35,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from sam_fast import native
+    from sam_fast.runtime.precision import advice_for_cpu
 
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     report: dict[str, Any] = {
@@ -54,6 +55,7 @@ def examine() -> dict[str, Any]:
             "built_with_cuda": bool(native.module().built_with_cuda) if native.is_available() else None,
         },
         "operations": _operations(sorted({device.split(":")[0] for device in devices})),
+        "cpu_precision_advice": advice_for_cpu(),
         "auto_precision": {device: _auto_precision(device) for device in devices},
     }
     report["problems"] = _problems(report)
@@ -162,6 +164,7 @@ def _print(report: dict[str, Any]) -> None:
     facts.add_row("native module", native)
     for device, precision in report["auto_precision"].items():
         facts.add_row(f"precision auto on {device}", precision)
+    facts.add_row("on this CPU", report["cpu_precision_advice"])
     console.print(facts)
 
     table = Table(title="Operations", title_justify="left")

@@ -6,12 +6,16 @@ and is what training uses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from sam_fast.modeling.image_encoder import Attention, Block, ImageEncoderViT, resize_relative_positions
 from sam_fast.modeling.layers import MLPBlock
 from sam_fast.ops.gelu import gelu_
 from sam_fast.ops.rel_pos_attention import rel_pos_attention
+from sam_fast.runtime.linears import BlockLinears, block_linears
 
 _TOKENS_AT_ONCE = 1024  # in a perceptron: what its hidden layer holds then stays in the cache (12 MB for ViT-B)
 
@@ -37,25 +41,35 @@ def can_encode(encoder: nn.Module) -> bool:
     return True
 
 
-def encode(encoder: ImageEncoderViT, images: Tensor, backend: str = "auto") -> Tensor:
+def encode(
+    encoder: ImageEncoderViT, images: Tensor, linears: Sequence[BlockLinears] | None = None, *, backend: str = "auto"
+) -> Tensor:
     """What `encoder(images)` returns, without gradients: [B, 3, H, W] -> [B, C, H/patch, W/patch].
 
     Args:
         encoder: one that `can_encode` says yes to.
         images: as for the encoder.
+        linears: what multiplies in each block; by default the encoder's own layers.
         backend: of the operations.
     """
+    if linears is None:
+        linears = linears_of(encoder, torch.float32)
     tokens, fine = encoder.to_tokens(images)
     tokens = tokens.contiguous()
-    for block in encoder.blocks:
-        tokens = _block(block, tokens, backend)
+    for block, own in zip(encoder.blocks, linears, strict=True):
+        tokens = _block(block, own, tokens, backend)
     return encoder.to_embedding(tokens, fine)
 
 
-def _block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
+def linears_of(encoder: ImageEncoderViT, dtype: torch.dtype) -> list[BlockLinears]:
+    """The linear layers of all blocks in float32, bfloat16 or int8."""
+    return [block_linears(block, dtype) for block in encoder.blocks if isinstance(block, Block)]
+
+
+def _block(block: nn.Module, linears: BlockLinears, x: Tensor, backend: str) -> Tensor:
     """A transformer block over tokens [B, H, W, C]."""
     assert isinstance(block, Block)
-    attention, mlp = block.attn, block.mlp
+    attention = block.attn
     H, W = x.shape[1:3]
     window = (block.window_size, block.window_size) if block.window_size else (H, W)
     rel_pos = None
@@ -64,12 +78,12 @@ def _block(block: nn.Module, x: Tensor, backend: str) -> Tensor:
             resize_relative_positions(attention.rel_pos_h, 2 * window[0] - 1),
             resize_relative_positions(attention.rel_pos_w, 2 * window[1] - 1),
         )
-    qkv = attention.qkv(block.norm1(x)).unflatten(3, (3, attention.num_heads, -1))
+    qkv = linears.qkv(block.norm1(x)).unflatten(3, (3, attention.num_heads, -1))
     read = rel_pos_attention(qkv, attention.qkv.bias, rel_pos, window, backend=backend)
     del qkv
-    x = x + attention.proj(read)
+    x = x + linears.proj(read)
     rows = x.flatten(0, 2)
     for some in rows.split(_TOKENS_AT_ONCE):
-        hidden = gelu_(mlp.lin1(block.norm2(some)), backend=backend)
-        some += mlp.lin2(hidden)
+        hidden = gelu_(linears.lin1(block.norm2(some)), backend=backend)
+        some += linears.lin2(hidden)
     return x

@@ -13,7 +13,8 @@ from torch import nn
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
 from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
-from sam_fast.runtime.image_encoder import can_encode, encode
+from sam_fast.runtime.image_encoder import can_encode, encode, linears_of
+from sam_fast.runtime.linears import BlockLinears
 from sam_fast.runtime.precision import resolve_precision
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
@@ -64,7 +65,7 @@ class InferenceRuntime:
         """
         Args:
             model: the Sam to run; its weights are read at every call, so they may change in between.
-            precision: auto, fp32, bf16 or fp16 (see `resolve_precision`). A model that was converted (`half()`,
+            precision: auto, fp32, bf16, fp16 or int8 (see `resolve_precision`). A model that was converted (`half()`,
                 `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is narrower.
             backend: which implementation of the operations runs: auto, native or torch. With native, the model's own
                 operations are native where they can be, that is for float32 on a CPU.
@@ -91,14 +92,17 @@ class InferenceRuntime:
         return {**self.__dict__, "_kept": {}}
 
     def _autocast(self) -> AbstractContextManager:
+        """The number format of a stage that PyTorch's own layers run."""
         dtype = resolve_precision(self.precision, self.model.device)
         weights = _weight_dtype(self.model.mask_decoder)
         if self.precision == "auto" and weights != torch.float32:
             return nullcontext()
-        if dtype != torch.float32:
+        if dtype in (torch.bfloat16, torch.float16):
             return torch.autocast(self.model.device.type, dtype)
-        if weights.itemsize < dtype.itemsize:
-            raise RuntimeError(f"precision 'fp32' needs float32 weights, got {weights}; use 'auto' or model.float()")
+        if weights.itemsize < 4:
+            raise RuntimeError(
+                f"precision {self.precision!r} needs float32 weights, got {weights}; use 'auto' or model.float()"
+            )
         return nullcontext()
 
     @torch.no_grad()
@@ -111,9 +115,8 @@ class InferenceRuntime:
         """
         fingerprint = model_fingerprint(self.model.image_encoder)
         input_size = (images.shape[-2], images.shape[-1])
-        with self._autocast():
-            pixels = self.model.preprocess(images).to(_weight_dtype(self.model.image_encoder))
-            features = self._features(pixels).float().contiguous()
+        pixels = self.model.preprocess(images).to(_weight_dtype(self.model.image_encoder))
+        features = self._features(pixels).float().contiguous()
         return [
             ImageEmbedding(
                 features[i : i + 1],
@@ -129,10 +132,20 @@ class InferenceRuntime:
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:
         """The image encoder's output, the cheapest way for these weights."""
         encoder = self.model.image_encoder
-        narrow = pixels.dtype != torch.float32 or torch.is_autocast_enabled(pixels.device.type)
-        if narrow or pixels.device.type != "cpu" or not can_encode(encoder):
-            return encoder(pixels)
-        return encode(encoder, pixels, self._model_backend)
+        dtype = resolve_precision(self.precision, self.model.device)
+        if pixels.device.type != "cpu" or pixels.dtype != torch.float32 or not can_encode(encoder):
+            if dtype == torch.int8:
+                raise RuntimeError("precision 'int8' needs the plain image encoder with float32 weights")
+            with self._autocast():
+                return encoder(pixels)
+
+        def prepare() -> list[BlockLinears]:
+            return linears_of(encoder, dtype)
+
+        linears = None
+        if dtype != torch.float32:
+            linears = self._once(self._kept, "linears", encoder, list(encoder.blocks.parameters()), prepare)
+        return encode(encoder, pixels, linears, backend=self._model_backend)
 
     def adopt(
         self, features: torch.Tensor, original_size: tuple[int, int], input_size: tuple[int, int]
@@ -173,6 +186,15 @@ class InferenceRuntime:
                 f"this model takes {self.model.image_format}"
             )
 
+    def _decoder_format(self) -> AbstractContextManager:
+        """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
+        decoder = self.model.mask_decoder
+        if isinstance(decoder, MaskDecoder) and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer):
+            weights = _weight_dtype(decoder)
+            if weights == torch.float32:
+                return nullcontext()
+        return self._autocast()
+
     @torch.no_grad()
     def decode(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool = True
@@ -183,7 +205,7 @@ class InferenceRuntime:
         """
         decoder = self.model.mask_decoder
         parts = []
-        with self._autocast():
+        with self._decoder_format():
             for inputs in self._decoder_inputs(embedding, prompts):
                 if isinstance(decoder, MaskDecoder):
                     mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
@@ -212,7 +234,7 @@ class InferenceRuntime:
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
         logits, scores = [], []
-        with self._autocast():
+        with self._decoder_format():
             for inputs in self._decoder_inputs(embedding, prompts):
                 mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
                 scores.append(iou[:, 1:].float())

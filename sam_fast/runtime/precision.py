@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products for `precision` on `device`.
 
-    `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere. Whatever the precision, features, logits and
-    scores are returned in float32.
+    `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere. On a CPU, bf16 and int8 are for the linear
+    layers of the image encoder's blocks, and everything else is float32; int8 is for CPUs only, fp16 for CUDA. Whatever
+    the precision, features, logits and scores are returned in float32.
 
     Raises:
         ValueError: `precision` is unknown.
@@ -21,7 +22,18 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
     if precision not in _DTYPES:
-        raise ValueError(f"precision must be auto, fp32, bf16 or fp16, got {precision!r}")
+        raise ValueError(f"precision must be auto, fp32, bf16, fp16 or int8, got {precision!r}")
     if precision == "fp16" and device.type != "cuda":
         raise RuntimeError(f"precision 'fp16' needs a CUDA device, the model is on {device}; use 'bf16' or 'fp32'")
+    if precision == "int8" and device.type != "cpu":
+        raise RuntimeError(f"precision 'int8' runs on CPUs, the model is on {device}; use 'auto'")
     return _DTYPES[precision]
+
+
+def advice_for_cpu() -> str:
+    """Which precisions are worth trying on this CPU, by its instructions."""
+    if torch.cpu._is_avx512_bf16_supported():
+        return "bf16 and int8 are faster than fp32"
+    if torch.cpu._is_vnni_supported():
+        return "int8 is faster than fp32; bf16 is slower, this CPU has no instructions for it"
+    return "int8 is a little faster than fp32; bf16 is slower, this CPU has no instructions for it"

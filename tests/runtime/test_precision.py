@@ -1,13 +1,29 @@
+"""Precisions: what they resolve to, and what they cost in masks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
 import pytest
 import torch
+from conftest import PHOTOS
+from oracle import relative_error
+from PIL import Image
+from torch import nn
 
-from sam_fast.runtime import resolve_precision
+from sam_fast import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from sam_fast.cli.demo import NANO_SETTINGS
+from sam_fast.runtime import InferenceRuntime, resolve_precision
+from sam_fast.runtime.linears import BFloat16Linear, Int8Linear
+from sam_fast.runtime.precision import advice_for_cpu
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+    ("precision", "dtype"),
+    [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.int8)],
 )
 def test_precision_on_a_cpu(precision, dtype):
     assert resolve_precision(precision, CPU) == dtype
@@ -25,6 +41,117 @@ def test_fp16_on_a_cpu_raises():
         resolve_precision("fp16", CPU)
 
 
+def test_int8_on_a_gpu_raises():
+    with pytest.raises(RuntimeError, match="runs on CPUs"):
+        resolve_precision("int8", torch.device("cuda"))
+
+
+def test_advice_follows_the_instructions(monkeypatch):
+    for bf16, vnni, expected in (
+        (True, True, "bf16 and int8 are faster"),
+        (False, True, "int8 is faster"),
+        (False, False, "a little"),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=bf16: value)
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda value=vnni: value)
+        assert expected in advice_for_cpu()
+
+
 def test_unknown_precision_raises():
     with pytest.raises(ValueError, match="'int3'"):
         resolve_precision("int3", CPU)
+
+
+# -- linear layers
+
+
+@pytest.mark.parametrize("narrow, tolerance", [(BFloat16Linear, 0.005), (Int8Linear, 0.02)])
+@torch.no_grad()
+def test_narrow_layers_are_close(narrow, tolerance):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        layer = nn.Linear(200, 96, bias=bias)
+        x = torch.randn(3, 5, 200)
+        assert 0 < relative_error(narrow(layer)(x), layer(x)) <= tolerance
+
+
+@torch.no_grad()
+def test_int8_has_a_scale_per_token():
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 40)
+    x = torch.randn(6, 64)
+    x[0] *= 1e4  # with one scale for all tokens the others would be zero
+    x[1] = 0
+    got, expected = Int8Linear(layer)(x), layer(x)
+    for token in range(6):
+        assert relative_error(got[token], expected[token]) <= 0.03
+    assert torch.equal(got[1], layer.bias)
+
+
+# -- inside the runtime
+
+
+@torch.no_grad()
+def test_narrow_weights_follow_the_model(tiny, photo):
+    model = copy.deepcopy(tiny)
+    predictor = SamPredictor(model, precision="int8")
+    predictor.set_image(photo)
+    first = predictor.features
+    predictor.set_image(photo)
+    assert torch.equal(predictor.features, first)
+    assert 0 < relative_error(first, InferenceRuntime(model).encode(*_resized(predictor, photo))[0].features) < 0.1
+    model.image_encoder.blocks[1].mlp.lin1.weight.mul_(1.5)
+    predictor.set_image(photo)
+    assert relative_error(predictor.features, first) > 0.01
+
+
+def _resized(predictor, photo):
+    pixels = torch.from_numpy(predictor.transform.apply_image(photo)).permute(2, 0, 1)[None].float()
+    return pixels, [photo.shape[:2]]
+
+
+@torch.no_grad()
+def test_int8_needs_layers_that_it_knows(tiny, photo):
+    model = copy.deepcopy(tiny)
+
+    class Adapted(nn.Linear):
+        pass
+
+    model.image_encoder.blocks[0].attn.proj.__class__ = Adapted
+    with pytest.raises(RuntimeError, match="plain image encoder"):
+        SamPredictor(model, precision="int8").set_image(photo)
+    with pytest.raises(RuntimeError, match="float32 weights"):
+        SamPredictor(copy.deepcopy(tiny).half(), precision="int8").set_image(photo)
+
+
+# -- what they cost, with trained weights
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return sam_model_registry["nano"]()
+
+
+@pytest.mark.parametrize("precision, least, counts", [("bf16", 0.99, 0.02), ("int8", 0.97, 0.05)])
+@torch.no_grad()
+def test_masks_of_trained_weights_stay(precision, least, counts, nano):
+    """Mean IoU with float32's masks over all photos, clicks on a grid; and how many records the generator makes."""
+    reference, narrow = SamPredictor(nano), SamPredictor(nano, precision=precision)
+    ious, records = [], []
+    for path in sorted(PHOTOS.glob("*.jpg")):
+        image = np.asarray(Image.open(path).convert("RGB"))
+        sides = torch.linspace(30, 480, 6)
+        points = torch.cartesian_prod(sides, sides)[:, None]
+        masks = []
+        for predictor in (reference, narrow):
+            predictor.set_image(image)
+            masks.append(predictor.predict_torch(points, torch.ones(36, 1))[0].flatten(2))
+        both, either = (masks[0] & masks[1]).sum(2), (masks[0] | masks[1]).sum(2)
+        ious.append(torch.where(either == 0, 1.0, both / either.clamp(min=1)).mean())
+        settings = {**NANO_SETTINGS, "points_per_side": 12}
+        records.append(
+            [len(SamAutomaticMaskGenerator(nano, precision=p, **settings).generate(image)) for p in ("fp32", precision)]
+        )
+    assert torch.stack(ious).mean() >= least
+    expected, got = np.sum(records, axis=0)
+    assert expected > 50 and abs(got - expected) <= counts * expected
