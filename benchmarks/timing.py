@@ -44,10 +44,11 @@ class Peer:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of each repetition of one peer."""
+    """Seconds of each repetition of one peer, and how far its result is from the first peer's, if the gate says so."""
 
     name: str
     seconds: tuple[float, ...]
+    error: float | None = None
 
     @property
     def median(self) -> float:
@@ -72,6 +73,7 @@ class Row:
     repetitions: int
     speedup: float  # median of the first peer / median of this one
     peak_extra_mb: float | None = None  # 10**6 bytes above the memory held before the call
+    error: float | None = None  # relative, against the first peer's result; what it is of, the benchmark says
     device: str = ""
     cores: int = 0
     threads: int = 0
@@ -85,7 +87,7 @@ class Row:
 
 def compare(
     peers: Sequence[Peer],
-    gate: Callable[[Any, Any], None],
+    gate: Callable[[Any, Any], float | None],
     *,
     repetitions: int = 5,
     warmup: int = 1,
@@ -94,7 +96,8 @@ def compare(
 
     Args:
         peers: the first one is the reference.
-        gate: called as gate(reference result, other result); raises `WrongResult` if they differ.
+        gate: called as gate(reference result, other result); raises `WrongResult` if they differ too much, and returns
+            by how much they do, or None.
         repetitions: rounds; every round runs every peer once.
         warmup: rounds before the timed ones, the gate's run included.
 
@@ -102,8 +105,7 @@ def compare(
         WrongResult: from the gate.
     """
     reference = peers[0].run()
-    for peer in peers[1:]:
-        gate(reference, peer.run())
+    errors = {peer.name: gate(reference, peer.run()) for peer in peers[1:]}
     del reference
     for _ in range(warmup - 1):
         for peer in peers:
@@ -115,7 +117,7 @@ def compare(
             result = peer.run()
             seconds[peer.name].append(time.perf_counter() - start)
             del result  # before the next peer starts: it needs the memory
-    return [Timing(name, tuple(values)) for name, values in seconds.items()]
+    return [Timing(name, tuple(values), errors.get(name)) for name, values in seconds.items()]
 
 
 def peak_extra_memory(setup: Callable[..., Callable[[], Any]], *args: Any) -> int:
@@ -211,6 +213,7 @@ def rows(
             repetitions=len(timing.seconds),
             speedup=round(timings[0].median / timing.median, 2),
             peak_extra_mb=round(peaks[timing.name] / 1e6, 1) if timing.name in peaks else None,
+            error=None if timing.error is None else float(f"{timing.error:.2g}"),
             **origin,
         )
         for timing in timings
@@ -218,25 +221,30 @@ def rows(
 
 
 def write_rows(name: str, new: Sequence[Row]) -> Path:
-    """Append rows to benchmarks/results/<name>.csv, with a header if the file is new."""
+    """Add rows to benchmarks/results/<name>.csv; what older rows did not know stays empty."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
+    known: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            known = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in new)
+        writer.writeheader()
+        writer.writerows([*known, *(asdict(row) for row in new)])
     return path
 
 
 def print_rows(new: Sequence[Row]) -> None:
     """Print rows as a table."""
-    print(f"{'case':<24}{'peer':<28}{'median ms':>12}{'best ms':>12}{'speed-up':>10}{'peak MB':>10}")
+    header = f"{'median ms':>12}{'best ms':>12}{'speed-up':>10}{'peak MB':>10}{'error':>10}"
+    print(f"{'case':<26}{'peer':<26}{header}")
     for row in new:
         peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.1f}"
+        error = "" if row.error is None else f"{row.error:.1e}"
         print(
-            f"{row.case:<24}{row.peer:<28}{row.median_ms:>12.3f}{row.best_ms:>12.3f}{row.speedup:>9.1f}x{peak:>10}",
+            f"{row.case:<26}{row.peer:<26}{row.median_ms:>12.3f}{row.best_ms:>12.3f}{row.speedup:>9.1f}x{peak:>10}"
+            f"{error:>10}",
             flush=True,
         )
 

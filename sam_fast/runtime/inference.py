@@ -240,7 +240,9 @@ class InferenceRuntime:
                 scores.append(iou[:, 1:].float())
                 keep = _above(scores[-1], iou_threshold)
                 rows = keep.any(dim=1)
-                masks = self._masks_from(mask_tokens[rows], image[rows], range(1, decoder.num_mask_tokens))
+                if not rows.all():  # else there is no need for a copy of the images
+                    mask_tokens, image = mask_tokens[rows], image[rows]
+                masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens))
                 logits.append(masks[keep[rows]].float())
         all_scores = torch.cat(scores)
         keep = _above(all_scores, iou_threshold)

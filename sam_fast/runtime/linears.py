@@ -80,8 +80,11 @@ class Int8Linear:
         zero_point = self._most + 1
         integers = (rows / scales).round_().add_(zero_point).to(torch.uint8)
         weight = self._packed, self._scales, self._zeros
-        rest = None, 1.0, 0, torch.float32, "none", [], ""  # bias, output's scale, zero point and format, what follows
-        y = torch.ops.onednn.qlinear_pointwise(integers, 1.0, zero_point, *weight, *rest).mul_(scales)
+        # Then: no bias; scale, zero point and format of the output; and nothing that follows the product.
+        y = torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, zero_point, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y *= scales
         if self._bias is not None:
             y += self._bias
         return y.unflatten(0, x.shape[:-1])
