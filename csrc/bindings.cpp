@@ -229,8 +229,8 @@ void bind_two_way_attention(py::module_& m) {
   // and keys are None, or absorbed_keys and constant.
   m.def("two_way_attention",
         [](py::object written_, py::object read_, py::handle image_, py::handle pe_, int64_t prompts, int64_t tokens,
-           int64_t readers, py::object queries_, py::object keys_, py::object absorbed_keys_, py::object constant_,
-           py::object offered_, py::object bias_, py::object norm_weight_, py::object norm_bias_, float eps,
+           int64_t readers, py::object offered_, py::object bias_, py::object norm_weight_, py::object norm_bias_,
+           float eps, py::object absorbed_keys_, py::object constant_, py::object queries_, py::object keys_,
            py::object absorbed_queries_, int num_threads) {
           const TensorView image = view(image_, "image"), pe = view(pe_, "pe");
           const float* pixels = image.cpu<float>({-1, -1, -1});

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
+from sam_fast.ops.library import register
 
 
 def gelu_(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -26,7 +27,23 @@ def gelu_(x: Tensor, *, backend: str = "auto") -> Tensor:
     fits = x.dtype == torch.float32 and x.is_contiguous()
     if backend == "native" and not fits:
         raise ValueError("the native gelu_ takes contiguous float32")
-    if choose_backend("gelu", backend if fits else "torch", x) == "torch":
-        return x.copy_(F.gelu(x))
-    native.module().gelu(x.view(-1), native.num_threads())
+    backend = backend if fits else "torch"
+    if torch.compiler.is_compiling():
+        torch.ops.sam_fast.gelu_(x, backend)
+    else:
+        _gelu(x, backend)
     return x
+
+
+def _gelu(x: Tensor, backend: str) -> None:
+    if choose_backend("gelu", backend, x) == "torch":
+        x.copy_(F.gelu(x))
+    else:
+        native.module().gelu(x.view(-1), native.num_threads())
+
+
+def _gelu_fake(x: Tensor, backend: str) -> None:
+    return None
+
+
+register("gelu_(Tensor(a!) x, str backend) -> ()", _gelu, _gelu_fake)

@@ -6,12 +6,15 @@ Detection" (ViTDet), 2022, section 3.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
+from sam_fast.ops.library import register
 
 
 def rel_pos_attention(
@@ -42,22 +45,16 @@ def rel_pos_attention(
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, d], got {list(qkv.shape)}")
-    B, H, W, _, heads, d = qkv.shape
     if rel_pos is not None and [len(table) for table in rel_pos] != [2 * side - 1 for side in window]:
         raise ValueError(f"relative positions {[len(t) for t in rel_pos]} do not fit windows of {window}")
     tensors = [x for x in (qkv, qkv_bias, *(rel_pos or ())) if x is not None]
-    fits = d % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
+    fits = qkv.shape[5] % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
     if backend == "native" and not fits:
         raise ValueError("the native rel_pos_attention takes float32 and heads as wide as a multiple of 8")
-    if choose_backend("rel_pos_attention", backend if fits else "torch", *tensors) == "torch":
-        return rel_pos_attention_reference(qkv, qkv_bias, rel_pos, window)
-    output = qkv.new_empty(B, H, W, heads * d)
-    rel_h, rel_w = (None, None) if rel_pos is None else (table.contiguous() for table in rel_pos)
-    bias = None if qkv_bias is None else qkv_bias.contiguous()
-    native.module().rel_pos_attention(
-        output, qkv.contiguous(), bias, rel_h, rel_w, *window, d**-0.5, native.num_threads()
-    )
-    return output
+    arguments = qkv, qkv_bias, *(rel_pos or (None, None)), *window, backend if fits else "torch"
+    if torch.compiler.is_compiling():
+        return torch.ops.sam_fast.rel_pos_attention(*arguments)
+    return _rel_pos_attention(*arguments)
 
 
 def rel_pos_attention_reference(
@@ -82,3 +79,32 @@ def rel_pos_attention_reference(
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     x = x.view(B, rows, columns, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
     return x.reshape(B, rows * h, columns * w, heads * d)[:, :H, :W]
+
+
+def _rel_pos_attention(
+    qkv: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None, rows: int, columns: int, backend: str
+) -> Tensor:
+    tensors = [x for x in (qkv, bias, rel_h, rel_w) if x is not None]
+    if choose_backend("rel_pos_attention", backend, *tensors) == "torch":
+        rel_pos = None if rel_h is None or rel_w is None else (rel_h, rel_w)
+        return rel_pos_attention_reference(qkv, bias, rel_pos, (rows, columns)).contiguous()
+    output = _rel_pos_attention_fake(qkv)
+    bias, rel_h, rel_w = (None if x is None else x.contiguous() for x in (bias, rel_h, rel_w))
+    scale = qkv.shape[5] ** -0.5
+    native.module().rel_pos_attention(
+        output, qkv.contiguous(), bias, rel_h, rel_w, rows, columns, scale, native.num_threads()
+    )
+    return output
+
+
+def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:
+    B, H, W, _, heads, d = qkv.shape
+    return qkv.new_empty(B, H, W, heads * d)
+
+
+register(
+    "rel_pos_attention(Tensor qkv, Tensor? qkv_bias, Tensor? rel_h, Tensor? rel_w, SymInt rows, SymInt columns, "
+    "str backend) -> Tensor",
+    _rel_pos_attention,
+    _rel_pos_attention_fake,
+)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
+from sam_fast.ops.library import register
 
 HEADS = 8  # of the native backend: the lanes of its vectors
 
@@ -83,10 +84,14 @@ def two_way_attention(
     fits = heads == HEADS and C % HEADS == 0 and all(x.dtype == torch.float32 for x in tensors)
     if backend == "native" and not fits:
         raise ValueError(f"the native two_way_attention takes {HEADS} heads, channels in eights, and float32")
-    chosen = choose_backend("two_way_attention", backend if fits else "torch", *tensors)
-    if chosen == "torch" or (write is None and absorbed_queries is None):
-        return two_way_attention_reference(image, pe, write, absorbed_queries, heads)
-    return _native(image, pe, write, absorbed_queries)
+    if write is None and absorbed_queries is None:
+        return image, None
+    arguments = image, pe, *(write or _NO_WRITE), absorbed_queries, heads, backend if fits else "torch"
+    if torch.compiler.is_compiling():
+        written, read = torch.ops.sam_fast.two_way_attention(*arguments)
+    else:
+        written, read = _two_way_attention(*arguments)
+    return image if write is None else written, None if absorbed_queries is None else read
 
 
 def two_way_attention_reference(
@@ -113,38 +118,47 @@ def _for_all(image: Tensor, write: Write) -> Tensor:
     return image.expand(len(write.offered), -1, -1)
 
 
-def _native(
-    image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    some = absorbed_queries if write is None else write.offered
-    assert some is not None
-    N, C = len(some), image.shape[2]
-    tokens = 0 if write is None else write.offered.shape[1] // HEADS
-    readers = 0 if absorbed_queries is None else absorbed_queries.shape[2] // HEADS
-    written = image if write is None else image.new_empty(N, image.shape[1], C)
-    read = None if absorbed_queries is None else image.new_empty(N, HEADS * readers, C)
-    parts: list[Any] = [*[None] * 4, 0.0, *[None] * 4]
-    if write is not None:
-        parts = [x.contiguous() if isinstance(x, Tensor) else x for x in write]
-    offered, bias, norm_weight, norm_bias, eps, absorbed_keys, constant, queries, keys = parts
+# What the operator's arguments are where nothing is written.
+_NO_WRITE: tuple[Any, ...] = (None, None, None, None, 0.0, None, None, None, None)
+
+
+def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The operator: what is not written or read is empty."""
+    *parts, absorbed_queries, heads, backend = rest
+    write = None if parts[0] is None else Write(*parts)
+    tensors = [x for x in (image, pe, *parts, absorbed_queries) if isinstance(x, Tensor)]
+    written, read = _two_way_attention_fake(image, pe, *rest)
+    if choose_backend("two_way_attention", backend, *tensors) == "torch":
+        results = two_way_attention_reference(image, pe, write, absorbed_queries, heads)
+        return written if write is None else results[0], read if results[1] is None else results[1]
     native.module().two_way_attention(
-        None if write is None else written,
+        written,
         read,
         image.contiguous(),
         pe.contiguous(),
-        N,
-        tokens,
-        readers,
-        queries,
-        keys,
-        absorbed_keys,
-        constant,
-        offered,
-        bias,
-        norm_weight,
-        norm_bias,
-        eps,
+        len(written) if write is not None else len(read),
+        0 if write is None else write.offered.shape[1] // HEADS,
+        read.shape[1] // HEADS,
+        *(x.contiguous() if isinstance(x, Tensor) else x for x in parts),
         None if absorbed_queries is None else absorbed_queries.contiguous(),
         native.num_threads(),
     )
     return written, read
+
+
+def _two_way_attention_fake(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    offered, absorbed_queries = rest[0], rest[-3]
+    _, P, C = image.shape
+    written = image.new_empty(0 if offered is None else len(offered), P, C)
+    if absorbed_queries is None:
+        return written, image.new_empty(len(written), 0, C)
+    return written, image.new_empty(len(absorbed_queries), absorbed_queries.shape[2], C)
+
+
+register(
+    "two_way_attention(Tensor image, Tensor pe, Tensor? offered, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "float eps, Tensor? absorbed_keys, Tensor? constant, Tensor? queries, Tensor? keys, Tensor? absorbed_queries, "
+    "int heads, str backend) -> (Tensor, Tensor)",
+    _two_way_attention,
+    _two_way_attention_fake,
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
+from sam_fast.ops.library import register
 
 
 class Upscaling(NamedTuple):
@@ -54,18 +55,10 @@ def upscale_masks(image: Tensor, upscaling: Upscaling, classifiers: Tensor, *, b
     fits = image.shape[3] % 8 == 0 and all(x.dtype == torch.float32 for x in (image, classifiers, *weights))
     if backend == "native" and not fits:
         raise ValueError("the native upscale_masks takes float32 and channels in eights")
-    if choose_backend("upscale_masks", backend if fits else "torch", image, classifiers, *weights) == "torch":
-        return upscale_masks_reference(image, upscaling, classifiers)
-    N, h, w, _ = image.shape
-    logits = image.new_empty(N, classifiers.shape[1], 4 * h, 4 * w)
-    native.module().upscale_masks(
-        logits,
-        image.contiguous(),
-        *(x.contiguous() if isinstance(x, Tensor) else x for x in upscaling),
-        classifiers.contiguous(),
-        native.num_threads(),
-    )
-    return logits
+    backend = backend if fits else "torch"
+    if torch.compiler.is_compiling():
+        return torch.ops.sam_fast.upscale_masks(image, *upscaling, classifiers, backend)
+    return _upscale_masks(image, *upscaling, classifiers, backend)
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
@@ -88,3 +81,33 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
     # Rows, columns of the embedding; row, column in the first square; row, column in the second.
     pixels = pixels.transpose(1, 2).unflatten(2, (h, w, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
     return pixels.reshape(len(pixels), pixels.shape[1], 4 * h, 4 * w)
+
+
+def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:
+    *weights, classifiers, backend = rest
+    upscaling = Upscaling(*weights)
+    tensors = [x for x in upscaling if isinstance(x, Tensor)]
+    if choose_backend("upscale_masks", backend, image, classifiers, *tensors) == "torch":
+        return upscale_masks_reference(image, upscaling, classifiers)
+    logits = _upscale_masks_fake(image, *rest)
+    native.module().upscale_masks(
+        logits,
+        image.contiguous(),
+        *(x.contiguous() if isinstance(x, Tensor) else x for x in upscaling),
+        classifiers.contiguous(),
+        native.num_threads(),
+    )
+    return logits
+
+
+def _upscale_masks_fake(image: Tensor, *rest: Any) -> Tensor:
+    N, h, w, _ = image.shape
+    return image.new_empty(N, rest[-2].shape[1], 4 * h, 4 * w)
+
+
+register(
+    "upscale_masks(Tensor image, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, "
+    "float eps, Tensor second_weight, Tensor second_bias, Tensor classifiers, str backend) -> Tensor",
+    _upscale_masks,
+    _upscale_masks_fake,
+)

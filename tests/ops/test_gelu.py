@@ -39,3 +39,14 @@ def test_bad_input():
     torch.testing.assert_close(gelu_(x), expected)  # auto: PyTorch's, in place all the same
     with pytest.raises(RuntimeError, match="inference-only"):
         gelu_(torch.zeros(4, requires_grad=True) + 1)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_operator_is_registered_well(backend):
+    torch.library.opcheck(torch.ops.sam_fast.gelu_.default, (torch.randn(50), backend))
+
+
+def test_compiles_as_one_graph():
+    x = torch.randn(50)
+    compiled = torch.compile(lambda y: gelu_(2 * y), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.gelu(2 * x))

@@ -115,3 +115,18 @@ def test_bad_input():
     with pytest.raises(ValueError, match="multiple of 8"):
         rel_pos_attention(odd, bias, rel_pos, (8, 8), backend="native")
     assert rel_pos_attention(odd, bias, rel_pos, (8, 8)).shape == (1, 8, 8, 24)  # auto: PyTorch's
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_operator_is_registered_well(backend):
+    qkv, bias, rel_pos = problem((5, 6), (4, 4))
+    for arguments in ((qkv, bias, *rel_pos), (qkv, None, None, None)):
+        torch.library.opcheck(torch.ops.sam_fast.rel_pos_attention.default, (*arguments, 4, 4, backend))
+
+
+def test_compiles_as_one_graph():
+    qkv, bias, rel_pos = problem((5, 6), (4, 4))
+    compiled = torch.compile(
+        lambda q, b, r: 2 * rel_pos_attention(q, b, r, (4, 4)), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(qkv, bias, rel_pos), 2 * rel_pos_attention(qkv, bias, rel_pos, (4, 4)))

@@ -145,3 +145,24 @@ def test_no_prompts():
     image, pe, write, queries = problem(0, 60, 32, 3, 3, shared=True, projected=False)
     written, read = two_way_attention(image, pe, write, queries, 8, backend="native")
     assert read is not None and written.shape == (0, 60, 32) and read.shape == (0, 24, 32)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_operator_is_registered_well(backend):
+    for projected in (False, True):
+        image, pe, write, queries = problem(2, 20, 32, 3, 2, shared=True, projected=projected)
+        assert write is not None
+        arguments = (image, pe, *write, queries, 8, backend)
+        torch.library.opcheck(torch.ops.sam_fast.two_way_attention.default, arguments)
+    nothing = (None, None, None, None, 0.0, None, None, None, None)
+    torch.library.opcheck(torch.ops.sam_fast.two_way_attention.default, (image, pe, *nothing, queries, 8, backend))
+    torch.library.opcheck(torch.ops.sam_fast.two_way_attention.default, (image, pe, *write, None, 8, backend))
+
+
+def test_compiles_as_one_graph():
+    image, pe, write, queries = problem(2, 20, 32, 3, 2, shared=True, projected=False)
+    compiled = torch.compile(
+        lambda i, p, w, q: two_way_attention(i, p, w, q, 8)[1], fullgraph=True, backend="aot_eager"
+    )
+    expected = two_way_attention(image, pe, write, queries, 8)[1]
+    torch.testing.assert_close(compiled(image, pe, write, queries), expected)

@@ -88,3 +88,15 @@ def test_bad_input():
         upscale_masks(image, weights, classifiers)
     upscale_masks(image, weights, classifiers, backend="torch").sum().backward()
     assert image.grad is not None and image.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_operator_is_registered_well(backend):
+    image, weights, classifiers = problem(2, 3, 4, 64, 3)
+    torch.library.opcheck(torch.ops.sam_fast.upscale_masks.default, (image, *weights, classifiers, backend))
+
+
+def test_compiles_as_one_graph():
+    arguments = problem(2, 3, 4, 64, 3)
+    compiled = torch.compile(lambda *x: 2 * upscale_masks(*x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments), 2 * upscale_masks(*arguments))
