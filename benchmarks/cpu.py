@@ -275,7 +275,7 @@ def main() -> None:
                 names = [name for name in names if OURS.get(name, "fp32") == "fp32"]
             precisions = {i: OURS.get(name, "fp32") for i, name in enumerate(names[1:])}
             repetitions = {
-                "automatic masks": 1,
+                "automatic masks": 0,
                 "decode 1": 5 * arguments.repetitions,
                 "click": 5 * arguments.repetitions,
             }

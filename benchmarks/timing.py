@@ -98,26 +98,39 @@ def compare(
         peers: the first one is the reference.
         gate: called as gate(reference result, other result); raises `WrongResult` if they differ too much, and returns
             by how much they do, or None.
-        repetitions: rounds; every round runs every peer once.
+        repetitions: rounds; every round runs every peer once. 0 takes the gate's own runs, for what lasts minutes.
         warmup: rounds before the timed ones, the gate's run included.
 
     Raises:
         WrongResult: from the gate.
     """
-    reference = peers[0].run()
-    errors = {peer.name: gate(reference, peer.run()) for peer in peers[1:]}
+    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
+    errors: dict[str, float | None] = {}
+    reference = None
+    for peer in peers:
+        result, duration = _timed(peer)
+        if peer is peers[0]:
+            reference = result
+        else:
+            errors[peer.name] = gate(reference, result)
+        if repetitions == 0:
+            seconds[peer.name].append(duration)
+        del result
     del reference
     for _ in range(warmup - 1):
         for peer in peers:
             peer.run()
-    seconds: dict[str, list[float]] = {peer.name: [] for peer in peers}
     for _ in range(repetitions):
         for peer in peers:
-            start = time.perf_counter()
-            result = peer.run()
-            seconds[peer.name].append(time.perf_counter() - start)
-            del result  # before the next peer starts: it needs the memory
+            seconds[peer.name].append(_timed(peer)[1])
     return [Timing(name, tuple(values), errors.get(name)) for name, values in seconds.items()]
+
+
+def _timed(peer: Peer) -> tuple[Any, float]:
+    """A peer's result, and the seconds that it took."""
+    start = time.perf_counter()
+    result = peer.run()
+    return result, time.perf_counter() - start
 
 
 def peak_extra_memory(setup: Callable[..., Callable[[], Any]], *args: Any) -> int:
