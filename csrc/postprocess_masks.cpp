@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "cpu_features.h"
-#include "huge_pages.h"
 #include "postprocess_masks_plan.h"
 
 namespace sam_fast {
@@ -335,7 +334,6 @@ void resize_logits(float* output, const float* logits, int64_t n, const MaskGeom
   std::vector<float> grids;
   const float* source = make_source(tables, logits, n, geometry, grids, threads);
   const int64_t pixels = static_cast<int64_t>(plan.height) * plan.width;
-  prefer_huge_pages(output, n * pixels * sizeof(float));
   if (is_small(plan.height, plan.width)) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; ++i) tables.small_output(source + i * plan.mask_stride, output + i * pixels);

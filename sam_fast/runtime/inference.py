@@ -16,6 +16,7 @@ from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks
 from sam_fast.runtime.image_encoder import can_encode, encode, linears_of
 from sam_fast.runtime.linears import BlockLinears
 from sam_fast.runtime.precision import resolve_precision
+from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
 
@@ -23,7 +24,7 @@ _Made = TypeVar("_Made")
 
 # Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
 # in use at a time: on a CPU more prompts leave the cache and are slower each.
-_PROMPTS_AT_ONCE = {"cpu": 4}
+_MOST_PROMPTS_AT_ONCE = 4
 
 
 class Prompts(NamedTuple):
@@ -204,16 +205,15 @@ class InferenceRuntime:
         M is 3 with `multimask_output`, otherwise 1.
         """
         decoder = self.model.mask_decoder
-        parts = []
-        with self._decoder_format():
-            for inputs in self._decoder_inputs(embedding, prompts):
-                if isinstance(decoder, MaskDecoder):
-                    mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
-                    chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-                    masks = self._masks_from(mask_tokens, image, chosen)
-                    parts.append((masks, iou[:, chosen.start : chosen.stop]))
-                else:  # somebody's own decoder has no stages
-                    parts.append(decoder(*inputs.official(), multimask_output=multimask_output))
+
+        def decode(inputs: _DecoderInputs) -> tuple[torch.Tensor, torch.Tensor]:
+            if not isinstance(decoder, MaskDecoder):  # somebody's own decoder has no stages
+                return decoder(*inputs.official(), multimask_output=multimask_output)
+            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+            return self._masks_from(mask_tokens, image, chosen), iou[:, chosen.start : chosen.stop]
+
+        parts = self._decode_each(embedding, prompts, decode)
         low_res, iou = (torch.cat(column) for column in zip(*parts, strict=True))
         return low_res.float(), iou.float()
 
@@ -233,20 +233,35 @@ class InferenceRuntime:
             low_res, iou = self.decode(embedding, prompts)
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
-        logits, scores = [], []
-        with self._decoder_format():
-            for inputs in self._decoder_inputs(embedding, prompts):
-                mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
-                scores.append(iou[:, 1:].float())
-                keep = _above(scores[-1], iou_threshold)
-                rows = keep.any(dim=1)
-                if not rows.all():  # else there is no need for a copy of the images
-                    mask_tokens, image = mask_tokens[rows], image[rows]
-                masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens))
-                logits.append(masks[keep[rows]].float())
+
+        def decode(inputs: _DecoderInputs) -> tuple[torch.Tensor, torch.Tensor]:
+            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            scores = iou[:, 1:].float()
+            keep = _above(scores, iou_threshold)
+            rows = keep.any(dim=1)
+            if not rows.all():  # else there is no need for a copy of the images
+                mask_tokens, image = mask_tokens[rows], image[rows]
+            masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens))
+            return masks[keep[rows]].float(), scores
+
+        logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
         all_scores = torch.cat(scores)
         keep = _above(all_scores, iou_threshold)
         return torch.cat(logits), all_scores[keep], keep.nonzero()[:, 0]
+
+    def _decode_each(
+        self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
+    ) -> list[_Made]:
+        """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
+        decoder = self.model.mask_decoder
+        with self._decoder_format():
+            inputs = list(self._decoder_inputs(embedding, prompts))
+            absorbs = isinstance(decoder, MaskDecoder) and self._absorbs(decoder, inputs[0])
+            if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
+                return [decode(some) for some in inputs]
+            if inputs[0].no_masks:
+                self._first_layer(embedding, inputs[0])  # once, before several threads find it missing
+            return in_threads(decode, inputs)
 
     def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts) -> Iterator[_DecoderInputs]:
         """What the mask decoder reads, for a few prompts at a time."""
@@ -258,7 +273,9 @@ class InferenceRuntime:
         extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
         sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
         features, pe = embedding.features.to(dtype), self._image_pe()
-        step = _PROMPTS_AT_ONCE.get(features.device.type, max(1, len(sparse)))
+        step = max(1, len(sparse))
+        if features.device.type == "cpu":
+            step = min(_MOST_PROMPTS_AT_ONCE, -(-step // torch.get_num_threads()))
         for start in range(0, max(1, len(sparse)), step):
             some = slice(start, start + step)
             yield _DecoderInputs(features, pe, sparse[some], dense if len(dense) == 1 else dense[some], masks is None)
@@ -269,10 +286,9 @@ class InferenceRuntime:
         """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        tokens = decoder.prompt_tokens(inputs.sparse)
-        absorbed = tokens.shape[1] <= MOST_TOKENS and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer)
-        if not absorbed:
+        if not self._absorbs(decoder, inputs):
             return decoder.predict_tokens(*inputs.official())
+        tokens = decoder.prompt_tokens(inputs.sparse)
         assert isinstance(decoder.transformer, TwoWayTransformer)
         pe = _pixels(inputs.pe)
         image: torch.Tensor | FirstLayer
@@ -286,6 +302,11 @@ class InferenceRuntime:
         tokens, written = two_way(decoder.transformer, image, pe, tokens, results=results, backend=self._model_backend)
         mask_tokens, iou = decoder.read_tokens(tokens)
         return mask_tokens, written.transpose(1, 2).unflatten(2, tuple(inputs.features.shape[-2:])), iou
+
+    def _absorbs(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
+        """Whether `two_way` runs these prompts."""
+        tokens = 1 + decoder.num_mask_tokens + inputs.sparse.shape[1]
+        return tokens <= MOST_TOKENS and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer)
 
     def _masks_from(self, mask_tokens: torch.Tensor, image: torch.Tensor, chosen: range) -> torch.Tensor:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
