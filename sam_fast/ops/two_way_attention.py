@@ -79,6 +79,8 @@ def two_way_attention(
     tensors = [image, pe, *(x for x in write or () if isinstance(x, Tensor))]
     if absorbed_queries is not None:
         tensors.append(absorbed_queries)
+    if P == 0:
+        raise ValueError("an image must have pixels")
     if pe.shape != (P, C) or (absorbed_queries is not None and absorbed_queries.shape[1] != C):
         raise ValueError(f"pe must be [{P}, {C}] and absorbed_queries [N, {C}, R]")
     fits = heads == HEADS and C % HEADS == 0 and all(x.dtype == torch.float32 for x in tensors)

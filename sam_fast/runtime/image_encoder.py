@@ -16,16 +16,17 @@ from sam_fast.modeling.layers import MLPBlock
 from sam_fast.ops.gelu import gelu_
 from sam_fast.ops.rel_pos_attention import rel_pos_attention
 from sam_fast.runtime.linears import BlockLinears, block_linears
+from sam_fast.runtime.plain import is_untouched_throughout
 
 _TOKENS_AT_ONCE = 1024  # in a perceptron: what its hidden layer holds then stays in the cache (12 MB for ViT-B)
 
 
 def can_encode(encoder: nn.Module) -> bool:
-    """Whether an encoder is the plain one, whose weights may be read: no subclass, and no other kind of layer in it.
+    """Whether an encoder is the plain one, whose weights may be read: no subclass, no other kind of layer, no hooks.
 
     Quantised, adapted or parametrised layers compute what their `weight` does not say.
     """
-    if type(encoder) is not ImageEncoderViT or encoder.training:
+    if type(encoder) is not ImageEncoderViT or encoder.training or not is_untouched_throughout(encoder):
         return False
     for block in encoder.blocks:
         if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not MLPBlock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
 from sam_fast.runtime.image_encoder import can_encode, encode, linears_of
 from sam_fast.runtime.linears import BlockLinears
+from sam_fast.runtime.plain import is_untouched, is_untouched_throughout
 from sam_fast.runtime.precision import resolve_precision
 from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
@@ -207,7 +208,7 @@ class InferenceRuntime:
         decoder = self.model.mask_decoder
 
         def decode(inputs: _DecoderInputs) -> tuple[torch.Tensor, torch.Tensor]:
-            if not isinstance(decoder, MaskDecoder):  # somebody's own decoder has no stages
+            if not _has_stages(decoder):
                 return decoder(*inputs.official(), multimask_output=multimask_output)
             mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
             chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
@@ -229,7 +230,7 @@ class InferenceRuntime:
             logits [K, 4s, 4s], predicted IoUs [K], and the prompt of each mask [K] int64; ordered by prompt, then mask.
         """
         decoder = self.model.mask_decoder
-        if not isinstance(decoder, MaskDecoder):
+        if not _has_stages(decoder):
             low_res, iou = self.decode(embedding, prompts)
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
@@ -256,7 +257,7 @@ class InferenceRuntime:
         decoder = self.model.mask_decoder
         with self._decoder_format():
             inputs = list(self._decoder_inputs(embedding, prompts))
-            absorbs = isinstance(decoder, MaskDecoder) and self._absorbs(decoder, inputs[0])
+            absorbs = _has_stages(decoder) and self._absorbs(decoder, inputs[0])
             if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
                 return [decode(some) for some in inputs]
             if inputs[0].no_masks:
@@ -318,7 +319,8 @@ class InferenceRuntime:
 
     def _plain_on_cpu(self, decoder: MaskDecoder) -> bool:
         """Whether the CPU's ways through a decoder are its own: somebody's subclass may do other things."""
-        return type(decoder) is MaskDecoder and decoder.iou_token.weight.device.type == "cpu"
+        on_cpu = decoder.iou_token.weight.device.type == "cpu"
+        return on_cpu and type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
 
     def _image_pe(self) -> torch.Tensor:
         """The positional encoding of the image's tokens; made once on a CPU.
@@ -394,6 +396,11 @@ class InferenceRuntime:
 def _pixels(image: torch.Tensor) -> torch.Tensor:
     """[N, C, h, w] -> [N, h * w, C], contiguous."""
     return image.flatten(2).transpose(1, 2).contiguous()
+
+
+def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:
+    """Whether the stages of a decoder may be called one by one: not of somebody's own, or where somebody listens."""
+    return isinstance(decoder, MaskDecoder) and is_untouched(decoder)
 
 
 def _above(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:

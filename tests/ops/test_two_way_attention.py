@@ -130,6 +130,8 @@ def test_bad_input():
     image, pe, write, queries = problem(2, 60, 32, 3, 3, shared=True, projected=False)
     with pytest.raises(ValueError, match="pe must be"):
         two_way_attention(image, pe[:-1], write, queries, 8)
+    with pytest.raises(ValueError, match="must have pixels"):
+        two_way_attention(image[:, :0], pe[:0], write, queries, 8)
     with pytest.raises(ValueError, match="8 heads"):
         two_way_attention(image, pe, write, queries, 4, backend="native")
     with pytest.raises(ValueError, match="float32"):

@@ -78,6 +78,26 @@ def test_layers_that_compute_something_else_run_as_they_are(tiny, photo):
 
 
 @torch.no_grad()
+def test_hooks_are_called_and_replaced_forwards_are_used(tiny, photo):
+    model = copy.deepcopy(tiny)
+    images = torch.randint(0, 256, (1, 3, 256, 256)).float()
+    runtime = InferenceRuntime(model)
+    plain = runtime.encode(images, [(256, 256)])[0].features
+    seen = []
+    handle = model.image_encoder.blocks[1].attn.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(runtime.encode(images, [(256, 256)])[0].features, plain, rtol=1e-4, atol=1e-4)
+    assert seen == [1]
+    handle.remove()
+    assert can_encode(model.image_encoder)
+    block = model.image_encoder.blocks[0]
+    block.forward = lambda x: x
+    changed = runtime.encode(images, [(256, 256)])[0].features
+    assert relative_error(changed, plain) > 0.01
+    del block.forward
+    assert torch.equal(runtime.encode(images, [(256, 256)])[0].features, plain)
+
+
+@torch.no_grad()
 def test_backends_agree(tiny):
     images = torch.randint(0, 256, (1, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
     native, reference = (

@@ -170,3 +170,21 @@ def test_a_subclass_of_the_decoder_keeps_its_own_way(tiny, photo):
     plain, _ = InferenceRuntime(tiny).decode(embedding, prompts)
     inverted, _ = InferenceRuntime(model).decode(embedding, prompts)
     torch.testing.assert_close(inverted, -plain, rtol=0, atol=1e-5 * float(plain.abs().max()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["", "transformer.layers.1.mlp", "output_upscaling.0"])
+def test_hooks_of_the_decoder_are_called(where, tiny, photo):
+    model = copy.deepcopy(tiny)
+    runtime = InferenceRuntime(model)
+    embedding = SamPredictor(model).set_image(photo)
+    prompts = prompts_of("points", 3)
+    expected, scores = runtime.decode(embedding, prompts)
+    seen = []
+    model.mask_decoder.get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+    logits, iou = runtime.decode(embedding, prompts)
+    kept, _, _ = runtime.decode_filtered(embedding, prompts, None)
+    assert seen
+    torch.testing.assert_close(iou, scores, rtol=1e-4, atol=1e-5)
+    for ours in (logits, kept.view_as(logits)):
+        assert relative_error(ours, expected) <= TOLERANCE
