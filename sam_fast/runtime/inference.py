@@ -54,6 +54,7 @@ class _DecoderInputs(NamedTuple):
     sparse: torch.Tensor
     dense: torch.Tensor
     no_masks: bool
+    plain: bool  # the decoder is, and on a CPU
 
     def official(self) -> tuple[torch.Tensor, ...]:
         """The arguments of a mask decoder."""
@@ -188,13 +189,11 @@ class InferenceRuntime:
                 f"this model takes {self.model.image_format}"
             )
 
-    def _decoder_format(self) -> AbstractContextManager:
+    def _decoder_format(self, plain: bool) -> AbstractContextManager:
         """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
         decoder = self.model.mask_decoder
-        if isinstance(decoder, MaskDecoder) and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer):
-            weights = _weight_dtype(decoder)
-            if weights == torch.float32:
-                return nullcontext()
+        if plain and can_absorb(decoder.transformer) and _weight_dtype(decoder) == torch.float32:
+            return nullcontext()
         return self._autocast()
 
     @torch.no_grad()
@@ -212,7 +211,7 @@ class InferenceRuntime:
                 return decoder(*inputs.official(), multimask_output=multimask_output)
             mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
             chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-            return self._masks_from(mask_tokens, image, chosen), iou[:, chosen.start : chosen.stop]
+            return self._masks_from(mask_tokens, image, chosen, inputs.plain), iou[:, chosen.start : chosen.stop]
 
         parts = self._decode_each(embedding, prompts, decode)
         low_res, iou = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -242,7 +241,7 @@ class InferenceRuntime:
             rows = keep.any(dim=1)
             if not rows.all():  # else there is no need for a copy of the images
                 mask_tokens, image = mask_tokens[rows], image[rows]
-            masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens))
+            masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens), inputs.plain)
             return masks[keep[rows]].float(), scores
 
         logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
@@ -255,8 +254,9 @@ class InferenceRuntime:
     ) -> list[_Made]:
         """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
         decoder = self.model.mask_decoder
-        with self._decoder_format():
-            inputs = list(self._decoder_inputs(embedding, prompts))
+        plain = _has_stages(decoder) and self._plain_on_cpu(decoder)
+        with self._decoder_format(plain):
+            inputs = list(self._decoder_inputs(embedding, prompts, plain))
             absorbs = _has_stages(decoder) and self._absorbs(decoder, inputs[0])
             if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
                 return [decode(some) for some in inputs]
@@ -264,7 +264,7 @@ class InferenceRuntime:
                 self._first_layer(embedding, inputs[0])  # once, before several threads find it missing
             return in_threads(decode, inputs)
 
-    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts) -> Iterator[_DecoderInputs]:
+    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts, plain: bool) -> Iterator[_DecoderInputs]:
         """What the mask decoder reads, for a few prompts at a time."""
         embedding.wait()
         model = self.model
@@ -279,7 +279,8 @@ class InferenceRuntime:
             step = min(_MOST_PROMPTS_AT_ONCE, -(-step // torch.get_num_threads()))
         for start in range(0, max(1, len(sparse)), step):
             some = slice(start, start + step)
-            yield _DecoderInputs(features, pe, sparse[some], dense if len(dense) == 1 else dense[some], masks is None)
+            dense_of_some = dense if len(dense) == 1 else dense[some]
+            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, plain)
 
     def _predict_tokens(
         self, embedding: ImageEmbedding, inputs: _DecoderInputs
@@ -307,13 +308,13 @@ class InferenceRuntime:
     def _absorbs(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
         """Whether `two_way` runs these prompts."""
         tokens = 1 + decoder.num_mask_tokens + inputs.sparse.shape[1]
-        return tokens <= MOST_TOKENS and self._plain_on_cpu(decoder) and can_absorb(decoder.transformer)
+        return tokens <= MOST_TOKENS and inputs.plain and can_absorb(decoder.transformer)
 
-    def _masks_from(self, mask_tokens: torch.Tensor, image: torch.Tensor, chosen: range) -> torch.Tensor:
+    def _masks_from(self, mask_tokens: torch.Tensor, image: torch.Tensor, chosen: range, plain: bool) -> torch.Tensor:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        if self._plain_on_cpu(decoder) and can_upscale_by_products(decoder.output_upscaling):
+        if plain and can_upscale_by_products(decoder.output_upscaling):
             return masks_by_products(decoder, mask_tokens, image, chosen, self._model_backend)
         return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
 
