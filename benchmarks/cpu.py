@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -202,9 +202,9 @@ def _pixels(model: Sam) -> Callable[[], torch.Tensor]:
 # -- gates
 
 
-def gate_of(case: str, precision_of: dict[int, str]) -> Callable[[Any, Any], float]:
-    """What may differ; `precision_of` maps the identity of a result's peer, in the order of the calls."""
-    order = iter(precision_of.values())
+def gate_of(case: str, precisions: Sequence[str]) -> Callable[[Any, Any], float]:
+    """What may differ, for peers in these precisions, in the order in which their results come."""
+    order = iter(precisions)
 
     def gate(expected: Any, got: Any) -> float:
         precision = next(order)
@@ -273,7 +273,7 @@ def main() -> None:
             names = [name for name in tables if case in tables[name]]
             if not _encodes(case):  # decoders are float32 in every precision
                 names = [name for name in names if OURS.get(name, "fp32") == "fp32"]
-            precisions = {i: OURS.get(name, "fp32") for i, name in enumerate(names[1:])}
+            precisions = [OURS.get(name, "fp32") for name in names[1:]]
             repetitions = {
                 "automatic masks": 0,
                 "decode 1": 5 * arguments.repetitions,

@@ -11,4 +11,14 @@ CpuLevel cpu_level();
 
 const char* cpu_level_name(CpuLevel level);
 
+// Of a kernel's variants <name>Base, <name>Avx2 and <name>Avx512 the one for this CPU; other processors have the base.
+#if defined(__x86_64__)
+#define SAM_FAST_PICK(name)                                                \
+  (::sam_fast::cpu_level() == ::sam_fast::CpuLevel::kAvx512 ? name##Avx512 \
+   : ::sam_fast::cpu_level() == ::sam_fast::CpuLevel::kAvx2 ? name##Avx2   \
+                                                            : name##Base)
+#else
+#define SAM_FAST_PICK(name) name##Base
+#endif
+
 }  // namespace sam_fast

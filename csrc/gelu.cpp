@@ -9,18 +9,10 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 14;
 
-GeluKernel pick_kernel() {
-#if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::kAvx512) return kGeluAvx512;
-  if (cpu_level() == CpuLevel::kAvx2) return kGeluAvx2;
-#endif
-  return kGeluBase;
-}
-
 }  // namespace
 
 void gelu(float* x, int64_t n, int threads) {
-  const GeluKernel kernel = pick_kernel();
+  const GeluKernel kernel = SAM_FAST_PICK(kGelu);
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 4 * kPiece)
   for (int64_t i = 0; i < n; i += kPiece) kernel(x + i, std::min(kPiece, n - i));
 }

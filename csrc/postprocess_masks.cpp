@@ -18,14 +18,6 @@ constexpr int64_t kPartBytes = 32 * 1024;  // packed bits of a part: stay in the
 constexpr int32_t kMaxSourceRows = 256;    // of a part, bounds the scratch memory
 constexpr int64_t kTasksPerThread = 4;
 
-const MaskKernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::kAvx512) return kMaskKernelsAvx512;
-  if (cpu_level() == CpuLevel::kAvx2) return kMaskKernelsAvx2;
-#endif
-  return kMaskKernelsBase;
-}
-
 struct Part {
   int32_t band_begin, band_end;
 };
@@ -290,7 +282,7 @@ class ScratchMemory {
 void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t* bits, const float* logits, int64_t n,
                        const MaskGeometry& geometry, const MaskThresholds& thresholds, int threads) {
   if (n == 0) return;
-  const MaskKernels& kernel = kernels();
+  const MaskKernels& kernel = SAM_FAST_PICK(kMaskKernels);
   const Tables tables(geometry, kernel);
   const Plan& plan = tables.plan();
   std::vector<float> grids;
@@ -328,7 +320,7 @@ void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t*
 
 void resize_logits(float* output, const float* logits, int64_t n, const MaskGeometry& geometry, int threads) {
   if (n == 0) return;
-  const MaskKernels& kernel = kernels();
+  const MaskKernels& kernel = SAM_FAST_PICK(kMaskKernels);
   const Tables tables(geometry, kernel);
   const Plan& plan = tables.plan();
   std::vector<float> grids;

@@ -12,14 +12,6 @@
 namespace sam_fast {
 namespace {
 
-const RelPosKernels& kernels() {
-#if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::kAvx512) return kRelPosAvx512;
-  if (cpu_level() == CpuLevel::kAvx2) return kRelPosAvx2;
-#endif
-  return kRelPosBase;
-}
-
 int64_t real_queries(const RelPosArguments& a, Window window) {
   return std::min(a.rows, a.height - window.top) * std::min(a.columns, a.width - window.left);
 }
@@ -28,7 +20,7 @@ int64_t real_queries(const RelPosArguments& a, Window window) {
 
 void rel_pos_attention(const RelPosArguments& a, int threads) {
   if (a.images == 0 || a.height == 0 || a.width == 0) return;
-  const RelPosKernels& kernel = kernels();
+  const RelPosKernels& kernel = SAM_FAST_PICK(kRelPos);
   std::vector<float> tables(packed_tables_size(a));
   kernel.pack_tables(a, tables.data());
   const int64_t down = (a.height + a.rows - 1) / a.rows, across = (a.width + a.columns - 1) / a.columns;

@@ -14,14 +14,6 @@
 namespace sam_fast {
 namespace {
 
-TwoWaySweep pick_sweep() {
-#if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::kAvx512) return kTwoWaySweepAvx512;
-  if (cpu_level() == CpuLevel::kAvx2) return kTwoWaySweepAvx2;
-#endif
-  return kTwoWaySweepBase;
-}
-
 // What the parts of a prompt have read, [R, C]: each part's sums on the scale of the largest score of all.
 void combine(float* read, const TwoWayPartial* parts, int64_t count, int64_t rows, int64_t channels) {
   const int64_t stride = two_way_stride(channels);
@@ -47,7 +39,7 @@ void combine(float* read, const TwoWayPartial* parts, int64_t count, int64_t row
 void two_way_attention(const TwoWayArguments& arguments, int threads) {
   const TwoWayShape& shape = arguments.shape;
   if (shape.prompts == 0 || shape.pixels == 0) return;
-  const TwoWaySweep sweep = pick_sweep();
+  const TwoWaySweep sweep = SAM_FAST_PICK(kTwoWaySweep);
   const int64_t rows = 8 * arguments.readers, tiles = (shape.pixels + kTwoWayTile - 1) / kTwoWayTile;
   const int64_t wanted = threads == 1 ? 1 : (4 * threads + shape.prompts - 1) / shape.prompts;
   const int64_t part_pixels = kTwoWayTile * ((tiles + wanted - 1) / wanted);

@@ -13,20 +13,12 @@ namespace {
 
 constexpr int64_t kTilesPerTask = 16;
 
-UpscaleKernel pick_kernel() {
-#if defined(__x86_64__)
-  if (cpu_level() == CpuLevel::kAvx512) return kUpscaleAvx512;
-  if (cpu_level() == CpuLevel::kAvx2) return kUpscaleAvx2;
-#endif
-  return kUpscaleBase;
-}
-
 }  // namespace
 
 void upscale_masks(const UpscaleArguments& arguments, int threads) {
   const int64_t tokens = arguments.height * arguments.width, step = kTilesPerTask * kUpscaleTile;
   if (arguments.images == 0 || tokens == 0 || arguments.masks == 0) return;
-  const UpscaleKernel kernel = pick_kernel();
+  const UpscaleKernel kernel = SAM_FAST_PICK(kUpscale);
   const int64_t parts = (tokens + step - 1) / step;
   std::vector<float> workspaces(threads * upscale_workspace(arguments));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -136,9 +136,12 @@ class InferenceRuntime:
         """The image encoder's output, the cheapest way for these weights."""
         encoder = self.model.image_encoder
         dtype = resolve_precision(self.precision, self.model.device)
-        if pixels.device.type != "cpu" or pixels.dtype != torch.float32 or not can_encode(encoder):
+        on_cpu = pixels.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        if not on_cpu or pixels.dtype != torch.float32 or not can_encode(encoder):
             if dtype == torch.int8:
-                raise RuntimeError("precision 'int8' needs the plain image encoder with float32 weights")
+                raise RuntimeError(
+                    "precision 'int8' needs the plain image encoder with float32 weights, and no autocast"
+                )
             with self._autocast():
                 return encoder(pixels)
 

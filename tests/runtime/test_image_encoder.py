@@ -98,6 +98,17 @@ def test_hooks_are_called_and_replaced_forwards_are_used(tiny, photo):
 
 
 @torch.no_grad()
+def test_autocast_of_the_caller_is_respected(tiny):
+    images = torch.randint(0, 256, (1, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
+    runtime = InferenceRuntime(tiny)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = runtime.encode(images, [(256, 256)])[0].features
+        expected = tiny.image_encoder(tiny.preprocess(images)).float()
+    assert torch.equal(narrow, expected)
+    assert relative_error(narrow, runtime.encode(images, [(256, 256)])[0].features) > 1e-4
+
+
+@torch.no_grad()
 def test_backends_agree(tiny):
     images = torch.randint(0, 256, (1, 3, 256, 256), generator=torch.Generator().manual_seed(0)).float()
     native, reference = (
