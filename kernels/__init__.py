@@ -1,1 +1,1 @@
-"""Home of the Triton kernels, installed as `sam_fast.kernels`; this version has none yet."""
+"""The Triton kernels: one file per operation, with its launch table; `launch.py` is what they share."""

@@ -1,10 +1,13 @@
 """Which implementation of an operation runs: one table, one function.
 
-Backends are `native` (C++ on the CPU) and `torch` (the reference, on any device). Asking for one by name either
-gets it or raises with the reason; `auto` takes the first of the device's row that is available.
+Backends are `native` (C++ on the CPU, CUDA on a GPU), `triton` and `torch` (the reference, on any device). Asking for
+one by name either gets it or raises with the reason; `auto` takes the first of the device's row that is available.
 """
 
 from __future__ import annotations
+
+import os
+from functools import cache
 
 import torch
 
@@ -18,10 +21,12 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
-    "rel_pos_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "rel_pos_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
+    "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "two_way_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "upscale_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
 }
+BACKENDS = ("native", "triton", "torch")
 
 
 def unavailable_reason(operation: str, backend: str, device_type: str) -> str | None:
@@ -30,7 +35,20 @@ def unavailable_reason(operation: str, backend: str, device_type: str) -> str | 
         return f"{operation} has no {backend!r} backend for {device_type} tensors"
     if backend == "native":
         return native.unavailable_reason
+    if backend == "triton":
+        return _triton_unavailable_reason(device_type)
     return None
+
+
+@cache
+def _triton_unavailable_reason(device_type: str) -> str | None:
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return "triton kernels run on CUDA tensors (TRITON_INTERPRET=1 interprets them on a CPU, for tests)"
+    try:
+        from sam_fast.kernels import launch  # here, that importing sam_fast does not import triton
+    except ImportError as error:
+        return f"triton could not be imported: {error}"
+    return launch.unavailable_reason(device_type)
 
 
 def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> str:
@@ -47,13 +65,13 @@ def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> st
     candidates = OPERATIONS[operation].get(device_type, ("torch",))
     if requested == "auto":
         backend = next(b for b in candidates if unavailable_reason(operation, b, device_type) is None)
-    elif requested in ("native", "torch"):
+    elif requested in BACKENDS:
         reason = unavailable_reason(operation, requested, device_type)
         if reason is not None:
             raise RuntimeError(reason)
         backend = requested
     else:
-        raise ValueError(f"backend must be auto, native or torch, got {requested!r}")
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {requested!r}")
     if backend != "torch" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise RuntimeError(
             f"{operation}: the {backend} backend is inference-only; detach the input or use torch.no_grad()"

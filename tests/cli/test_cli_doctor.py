@@ -38,7 +38,7 @@ def test_operations_agree_with_the_choice_of_backend(cli: Any) -> None:
     for operation, row in report["operations"].items():
         chosen = backend.choose_backend(operation, "auto", torch.zeros(1))
         assert row["cpu"]["backend"] == chosen
-        assert {chosen, *row["cpu"]["also"], *row["cpu"]["not"]} == {"native", "torch"}
+        assert {chosen, *row["cpu"]["also"], *row["cpu"]["not"]} == {"native", "triton", "torch"}
 
 
 def test_readable_report_says_the_same(cli: Any) -> None:
@@ -57,5 +57,10 @@ def test_missing_native_module_is_a_problem(cli: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(native, "unavailable_reason", reason)
     report = json.loads(cli("doctor", "--json", expect=1))
     assert any(reason in problem for problem in report["problems"])
-    assert report["operations"]["nms"]["cpu"] == {"backend": "torch", "also": [], "not": {"native": reason}}
+    no_triton = "nms has no 'triton' backend for cpu tensors"
+    assert report["operations"]["nms"]["cpu"] == {
+        "backend": "torch",
+        "also": [],
+        "not": {"native": reason, "triton": no_triton},
+    }
     assert "problem:" in cli("doctor", expect=1)
