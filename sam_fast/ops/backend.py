@@ -15,7 +15,7 @@ from sam_fast import native
 
 # operation -> device type -> backends in order of preference
 OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
-    "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "packed_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "nms": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
@@ -25,6 +25,7 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "two_way_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "upscale_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "resize": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("native", "triton", "torch")
 
@@ -34,7 +35,7 @@ def unavailable_reason(operation: str, backend: str, device_type: str) -> str | 
     if backend not in OPERATIONS[operation].get(device_type, ("torch",)):
         return f"{operation} has no {backend!r} backend for {device_type} tensors"
     if backend == "native":
-        return native.unavailable_reason
+        return native.unavailable_reason or (native.cuda_unavailable_reason() if device_type == "cuda" else None)
     if backend == "triton":
         return _triton_unavailable_reason(device_type)
     return None
