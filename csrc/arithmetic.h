@@ -5,6 +5,7 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(__CUDACC__)
 #define SAM_FAST_HD __host__ __device__
@@ -13,6 +14,14 @@
 #endif
 
 namespace sam_fast {
+
+// Logits of 16 bits: IEEE binary16, and the upper half of a binary32.
+struct Half {
+  uint16_t bits;
+};
+struct Bfloat16 {
+  uint16_t bits;
+};
 
 // The two samples of one axis that a bilinear output position reads, and their weights.
 struct Tap {
@@ -61,6 +70,50 @@ SAM_FAST_HD inline float bilinear_small(float top_first, float top_second, float
   sum = multiply_add<kFused>(row.first_weight * column.first_weight, top_first, sum);
   sum = multiply_add<kFused>(row.second_weight * column.first_weight, bottom_first, sum);
   return multiply_add<kFused>(row.second_weight * column.second_weight, bottom_second, sum);
+}
+
+// ---- Certain regions: bilinear values are convex combinations of their samples, so where all samples lie on one side
+// of a threshold, so do all values. "Side" keeps a margin above the rounding error (relative 1e-5 against about 1e-6),
+// and samples that are NaN, infinite or huge lie on no side.
+
+constexpr float kRelativeMargin = 1e-5f;
+constexpr float kAbsoluteMargin = 1e-30f;  // products of weights and smaller samples may underflow
+constexpr float kHuge = 1e37f;             // larger samples may overflow when blended
+
+SAM_FAST_HD inline float side_margin(float threshold) { return fabsf(threshold) * kRelativeMargin + kAbsoluteMargin; }
+
+// 1 if everything in [least, most] is certainly above the threshold, -1 if certainly below, else 0.
+SAM_FAST_HD inline int side_of(float least, float most, float threshold) {
+  const float margin = side_margin(threshold);
+  if (least > threshold + margin) return 1;
+  return most < threshold - margin ? -1 : 0;
+}
+
+// ---- Numbers.
+
+SAM_FAST_HD inline float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+SAM_FAST_HD inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+SAM_FAST_HD inline float widen(float value) { return value; }
+
+SAM_FAST_HD inline float widen(Bfloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+// A binary16 read as a binary32 of the same digits is too small by the difference of the exponents' biases.
+SAM_FAST_HD inline float widen(Half value) {
+  const uint32_t digits = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const bool finite = (value.bits & 0x7c00) != 0x7c00;
+  const uint32_t magnitude = finite ? bits_of_float(float_of_bits(digits) * 0x1p112f) : digits | 0x7f800000;
+  return float_of_bits(sign | magnitude);
 }
 
 }  // namespace

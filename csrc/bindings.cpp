@@ -1,10 +1,5 @@
-// The Python face of the native operations, and the only file that knows pybind11. Arguments were validated by the
-// Python operation (sam_fast/ops); what is checked here again is what memory safety rests on.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <limits>
-#include <utility>
+// The Python face of the native operations on a CPU.
+#include "bindings.h"
 
 #include "connected_components.h"
 #include "cpu_features.h"
@@ -18,12 +13,8 @@
 #include "two_way_attention.h"
 #include "upscale_masks.h"
 
-namespace py = pybind11;
-
 namespace sam_fast {
 namespace {
-
-TensorView view(const py::handle& object, const char* name) { return TensorView(object.ptr(), name); }
 
 // The start of each mask's part of a flat array of `size` elements, checked to lie in it.
 const int64_t* offsets_into(const TensorView& offsets, int64_t size) {
@@ -33,15 +24,6 @@ const int64_t* offsets_into(const TensorView& offsets, int64_t size) {
   for (int64_t i = 0; ascending && i < n; ++i) ascending = data[i] <= data[i + 1];
   if (!ascending) throw std::invalid_argument("offsets must ascend and lie inside the flat array");
   return data;
-}
-
-Placement checked_placement(const TensorView& bits, int64_t width, int64_t canvas_height, int64_t canvas_width,
-                            int64_t x0, int64_t y0) {
-  const Placement place{bits.size(1), width, canvas_height, canvas_width, x0, y0};
-  if (width < 0 || x0 < 0 || y0 < 0 || x0 + width > canvas_width || y0 + place.height > canvas_height) {
-    throw std::invalid_argument("the mask must lie inside the canvas");
-  }
-  return place;
 }
 
 void bind_packed_masks(py::module_& m) {
@@ -142,25 +124,6 @@ void bind_nms(py::module_& m) {
   });
 }
 
-// (height, width)
-using Size = std::pair<int32_t, int32_t>;
-
-MaskGeometry mask_geometry(const TensorView& logits, Size input_size, Size original_size, int32_t image_size) {
-  const MaskGeometry geometry = {static_cast<int32_t>(logits.size(1)),
-                                 static_cast<int32_t>(logits.size(2)),
-                                 image_size,
-                                 input_size.first,
-                                 input_size.second,
-                                 original_size.first,
-                                 original_size.second};
-  const bool positive = geometry.low_height > 0 && geometry.low_width > 0 && geometry.input_height > 0 &&
-                        geometry.input_width > 0 && geometry.height > 0 && geometry.width > 0;
-  if (!positive || geometry.input_height > image_size || geometry.input_width > image_size) {
-    throw std::invalid_argument("mask sizes must be positive and input_size within image_size");
-  }
-  return geometry;
-}
-
 void bind_postprocess_masks(py::module_& m) {
   m.def("postprocess_masks", [](py::handle area_, py::handle stability_, py::handle boxes_, py::object bits_,
                                 py::handle logits_, Size input_size, Size original_size, int32_t image_size,
@@ -188,12 +151,6 @@ void bind_postprocess_masks(py::module_& m) {
     py::gil_scoped_release unlocked;
     resize_logits(output, in, n, geometry, num_threads);
   });
-}
-
-void check_pixel_count(int64_t height, int64_t width) {
-  if (height > 0 && width > std::numeric_limits<int32_t>::max() / height) {
-    throw std::invalid_argument("a mask must have fewer than 2**31 pixels");
-  }
 }
 
 void bind_connected_components(py::module_& m) {
@@ -348,4 +305,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_upscale_masks(m);
   bind_gelu(m);
   bind_rel_pos_attention(m);
+#if SAM_FAST_WITH_CUDA
+  bind_cuda(m);
+#endif
 }

@@ -27,4 +27,14 @@ void postprocess_masks(int64_t* area, float* stability, int64_t* boxes, uint8_t*
 // output [N,height,width]: the float image itself. logits [N,low_height,low_width].
 void resize_logits(float* output, const float* logits, int64_t n, const MaskGeometry& geometry, int threads);
 
+// The same on a GPU, with the same roundings as a CPU that has fused multiply-adds. T is float, Half or Bfloat16; bits
+// start at a multiple of 8 bytes; workspace [N,kMaskWorkspace].
+constexpr int64_t kMaskWorkspace = 5;
+template <typename T>
+void postprocess_masks_cuda(int64_t* area, float* stability, int64_t* boxes, uint8_t* bits, int64_t* workspace,
+                            const T* logits, int64_t n, const MaskGeometry& geometry, const MaskThresholds& thresholds,
+                            void* stream);
+template <typename T>
+void resize_logits_cuda(float* output, const T* logits, int64_t n, const MaskGeometry& geometry, void* stream);
+
 }  // namespace sam_fast

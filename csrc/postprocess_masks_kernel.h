@@ -6,17 +6,13 @@
 //   output row    -> two lines blended, compared with three thresholds, one word of bits
 // This is the order in which two calls of interpolate round, with every intermediate value in the first-level cache.
 //
-// Certain strips: bilinear values are convex combinations of their samples, so where all samples that a strip reads in
-// a band lie on one side of each threshold, the word is known. "Side" keeps a margin above the rounding error
-// (relative 1e-5 against about 1e-6), and samples that are NaN, infinite or huge lie on no side.
+// Certain strips: where all samples that a strip reads in a band lie on one side of each threshold (arithmetic.h), the
+// word is known.
 
 namespace sam_fast {
 namespace {
 
 constexpr int kGroups = kStripWidth / Lanes::kCount;
-constexpr float kRelativeMargin = 1e-5f;
-constexpr float kAbsoluteMargin = 1e-30f;  // products of weights and smaller samples may underflow
-constexpr float kHuge = 1e37f;             // larger samples may overflow when blended
 
 using Float = Lanes::Float;
 
@@ -87,7 +83,7 @@ inline void code_row(const float* row, const Plan& plan, const MaskThresholds& t
   const float threshold[3] = {thresholds.mask, thresholds.inner, thresholds.outer};
   Float above[3], below[3];
   for (int k = 0; k < 3; ++k) {
-    const float margin = __builtin_fabsf(threshold[k]) * kRelativeMargin + kAbsoluteMargin;
+    const float margin = side_margin(threshold[k]);
     above[k] = Lanes::set(threshold[k] + margin);
     below[k] = Lanes::set(threshold[k] - margin);
   }

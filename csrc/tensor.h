@@ -5,9 +5,18 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "arithmetic.h"
+
+// DLPack's number of the device whose tensors the CUDA launchers take. The tests that emulate a GPU set it to the
+// CPU's.
+#if !defined(SAM_FAST_CUDA_DEVICE_TYPE)
+#define SAM_FAST_CUDA_DEVICE_TYPE 2
+#endif
 
 namespace sam_fast {
 
@@ -47,13 +56,21 @@ struct ExchangeApi {
 
 }  // namespace dlpack
 
-enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };
+enum class DeviceType : int32_t { kCpu = 1, kCuda = SAM_FAST_CUDA_DEVICE_TYPE };
 
 template <typename T>
 constexpr dlpack::DataType dtype_of();
 template <>
 constexpr dlpack::DataType dtype_of<float>() {
   return {2, 32, 1};
+}
+template <>
+constexpr dlpack::DataType dtype_of<Half>() {
+  return {2, 16, 1};
+}
+template <>
+constexpr dlpack::DataType dtype_of<Bfloat16>() {
+  return {4, 16, 1};
 }
 template <>
 constexpr dlpack::DataType dtype_of<uint8_t>() {
@@ -106,10 +123,37 @@ class TensorView {
   template <typename T>
   T* cpu(const std::vector<int64_t>& shape) const {
     if (device() != DeviceType::kCpu) fail("must be on the CPU");
+    return data<T>(shape);
+  }
+
+  // The same for data on a CUDA device.
+  template <typename T>
+  T* cuda(const std::vector<int64_t>& shape) const {
+    if (device() != DeviceType::kCuda) fail("must be on a CUDA device");
+    return data<T>(shape);
+  }
+
+  template <typename T>
+  bool holds() const {
     const dlpack::DataType want = dtype_of<T>();
-    if (tensor_.dtype.code != want.code || tensor_.dtype.bits != want.bits || tensor_.dtype.lanes != 1) {
-      fail("has the wrong element type");
+    return tensor_.dtype.code == want.code && tensor_.dtype.bits == want.bits && tensor_.dtype.lanes == 1;
+  }
+
+  // The index of the one CUDA device on which all of the tensors are.
+  static int cuda_device(std::initializer_list<const TensorView*> tensors) {
+    const TensorView& first = **tensors.begin();
+    if (first.device() != DeviceType::kCuda) first.fail("must be on a CUDA device");
+    for (const TensorView* other : tensors) {
+      if (other->device() == first.device() && other->tensor_.device.id == first.tensor_.device.id) continue;
+      other->fail("is on " + other->place() + ", but " + first.name_ + " is on " + first.place());
     }
+    return first.tensor_.device.id;
+  }
+
+ private:
+  template <typename T>
+  T* data(const std::vector<int64_t>& shape) const {
+    if (!holds<T>()) fail("has the wrong element type");
     if (static_cast<size_t>(tensor_.ndim) != shape.size()) fail("has the wrong number of dimensions");
     for (int i = 0; i < tensor_.ndim; ++i) {
       if (shape[i] >= 0 && tensor_.shape[i] != shape[i]) fail("has the wrong size in dimension " + std::to_string(i));
@@ -117,7 +161,10 @@ class TensorView {
     return reinterpret_cast<T*>(static_cast<char*>(tensor_.data) + tensor_.byte_offset);
   }
 
- private:
+  std::string place() const {
+    return device() == DeviceType::kCpu ? "the CPU" : "device " + std::to_string(tensor_.device.id);
+  }
+
   static const dlpack::ExchangeApi* exchange_api(PyObject* object) {
     PyObject* capsule =
         PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__dlpack_c_exchange_api__");

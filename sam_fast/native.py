@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 
 import torch  # maps the OpenMP runtime that _C shares with torch; must come first
@@ -31,6 +32,27 @@ def module() -> ModuleType:
 def is_available() -> bool:
     """Whether the compiled module was imported."""
     return _module is not None
+
+
+@cache
+def cuda_unavailable_reason() -> str | None:
+    """Why the native operations cannot run on a GPU though the module is installed, or None if they can."""
+    if not module().built_with_cuda:
+        return "sam_fast was built without CUDA: when it was installed, no nvcc was found, or SAM_FAST_CUDA was OFF"
+    if torch.version.hip is not None:
+        return "the native operations are built for CUDA, and this torch is built for ROCm"
+    reason = module().cuda_unavailable_reason()
+    return f"the native operations cannot run on this GPU: {reason}" if reason else None
+
+
+def uses_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a native operation on `tensor` runs on a GPU."""
+    return tensor.is_cuda
+
+
+def cuda_stream(tensor: torch.Tensor) -> int:
+    """The address of torch's current stream on the device of `tensor`, on which a native operation runs."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def cpu_level() -> str:

@@ -169,7 +169,7 @@ def _boxes(masks: Tensor) -> Tensor:
 def _validate(
     name: str, logits: Tensor, input_size: tuple[int, int], original_size: tuple[int, int], image_size: int
 ) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """Check the arguments; return float32 logits and (input height, width, original height, width, S)."""
+    """Check the arguments; return the logits and (input height, width, original height, width, S)."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name}: logits must be a torch.Tensor, got {type(logits).__name__}")
     if not logits.is_floating_point():
@@ -189,7 +189,14 @@ def _validate(
         raise ValueError(
             f"{name}: original_size and image_size must be in 1..2**24-1, got {tuple(original_size)} and {image_size}"
         )
-    return logits.float(), (int(h_in), int(w_in), int(height), int(width), int(image_size))
+    return logits, (int(h_in), int(w_in), int(height), int(width), int(image_size))
+
+
+def _readable(logits: Tensor) -> Tensor:
+    """Logits as the native operation reads them: contiguous, float32 on the CPU, and also 16 bits wide on a GPU."""
+    if not (native.uses_cuda(logits) and logits.dtype in (torch.float16, torch.bfloat16)):
+        logits = logits.float()
+    return logits.detach().contiguous()
 
 
 def _postprocess(
@@ -207,7 +214,7 @@ def _postprocess(
     """The implementation behind function and operator; bits are empty [0, H, row_bytes] if not wanted."""
     if choose_backend("postprocess_masks", backend, logits) == "torch":
         result = postprocess_masks_reference(
-            logits,
+            logits.float(),
             (h_in, w_in),
             (height, width),
             image_size,
@@ -221,20 +228,16 @@ def _postprocess(
         return result.area, result.stability_score, result.boxes, bits
     outputs = _outputs(logits, height, width, return_bits)
     area, score, boxes, bits = outputs
-    native.module().postprocess_masks(
-        area,
-        score,
-        boxes,
-        bits if return_bits else None,
-        logits.detach().contiguous(),
-        (h_in, w_in),
-        (height, width),
-        image_size,
-        mask_threshold,
-        mask_threshold + stability_offset,
-        mask_threshold - stability_offset,
-        native.num_threads(),
-    )
+    results = (area, score, boxes, bits if return_bits else None)
+    thresholds = (mask_threshold, mask_threshold + stability_offset, mask_threshold - stability_offset)
+    sizes = ((h_in, w_in), (height, width), image_size)
+    if native.uses_cuda(logits):
+        workspace = logits.new_empty((len(area), native.module().mask_workspace), dtype=torch.int64)
+        native.module().postprocess_masks_cuda(
+            *results, workspace, _readable(logits), *sizes, *thresholds, native.cuda_stream(logits)
+        )
+    else:
+        native.module().postprocess_masks(*results, _readable(logits), *sizes, *thresholds, native.num_threads())
     return outputs
 
 
@@ -250,11 +253,13 @@ def _outputs(logits: Tensor, height: int, width: int, return_bits: bool) -> tupl
 
 def _resize(logits: Tensor, h_in: int, w_in: int, height: int, width: int, image_size: int, backend: str) -> Tensor:
     if choose_backend("postprocess_masks", backend, logits) == "torch":
-        return resize_logits_reference(logits, (h_in, w_in), (height, width), image_size)
-    output = logits.new_empty((logits.shape[0], height, width))
-    native.module().resize_logits(
-        output, logits.detach().contiguous(), (h_in, w_in), (height, width), image_size, native.num_threads()
-    )
+        return resize_logits_reference(logits.float(), (h_in, w_in), (height, width), image_size)
+    output = logits.new_empty((logits.shape[0], height, width), dtype=torch.float32)
+    sizes = ((h_in, w_in), (height, width), image_size)
+    if native.uses_cuda(logits):
+        native.module().resize_logits_cuda(output, _readable(logits), *sizes, native.cuda_stream(logits))
+    else:
+        native.module().resize_logits(output, _readable(logits), *sizes, native.num_threads())
     return output
 
 
@@ -263,7 +268,7 @@ def _fake_postprocess(logits, h_in, w_in, height, width, image_size, threshold, 
 
 
 def _fake_resize(logits, h_in, w_in, height, width, image_size, backend):  # type: ignore[no-untyped-def]
-    return logits.new_empty((logits.shape[0], height, width))
+    return logits.new_empty((logits.shape[0], height, width), dtype=torch.float32)
 
 
 _SIZES = "SymInt input_height, SymInt input_width, SymInt height, SymInt width, SymInt image_size"

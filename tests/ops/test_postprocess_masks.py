@@ -24,6 +24,7 @@ amg = official.utils.amg
 # torch contracts products to fused multiply-adds exactly where its own AVX2 or AVX-512 code runs, and so do our
 # variants: with both fused or neither, nothing may differ. Else the interpolated logits differ by rounding.
 EXACT = (torch.backends.cpu.get_cpu_capability() == "DEFAULT") == (native.cpu_level() == "base")
+FUSED = torch.backends.cpu.get_cpu_capability() != "DEFAULT"  # torch's, as our CUDA kernels always are
 ROUNDING = 1e-4  # of logits up to some tens: far above float32 rounding of six blends, far below a visible change
 
 # (h, w) of the logits, (h, w) inside the square input, (H, W) of the original, S
@@ -96,12 +97,14 @@ def same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def check_against_official(got: PostprocessedMasks, image: Tensor, threshold: float = 0.0, offset: float = 1.0) -> None:
+def check_against_official(
+    got: PostprocessedMasks, image: Tensor, threshold: float = 0.0, offset: float = 1.0, exact: bool = EXACT
+) -> None:
     """Masks, boxes and scores of the official functions on the official float image [N, H, W]."""
     masks = image > threshold
     assert got.bits is not None
     bits = unpack(got.bits, image.shape[-1])
-    if EXACT:
+    if exact:
         assert torch.equal(bits, masks)
         assert same(got.stability_score, amg.calculate_stability_score(image, threshold, offset))
     else:
@@ -111,20 +114,9 @@ def check_against_official(got: PostprocessedMasks, image: Tensor, threshold: fl
     assert torch.equal(got.boxes, amg.batched_mask_to_box(masks))
 
 
-@pytest.fixture
-def poisoned():
-    """torch.empty returns NaN and all ones, so that an output left unwritten shows."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-def test_native_equals_official_chain(geometry, kind, poisoned):
+def test_native_equals_official_chain(geometry, kind, poisoned_memory):
     low, inner, original, side = geometry
     logits = make_logits(kind, (3, *low))
     image = official_image(logits, inner, original, side)
@@ -139,7 +131,7 @@ def test_native_equals_official_chain(geometry, kind, poisoned):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-def test_native_resize_equals_official_chain(geometry, kind, poisoned):
+def test_native_resize_equals_official_chain(geometry, kind, poisoned_memory):
     low, inner, original, side = geometry
     logits = make_logits(kind, (2, *low))
     image = official_image(logits, inner, original, side)
@@ -284,6 +276,79 @@ def test_strided_logits():
         assert torch.equal(a, b)
     floats = resize_logits(view, (256, 256), (200, 300), 256)
     assert torch.equal(floats, resize_logits(view.contiguous(), (256, 256), (200, 300), 256))
+
+
+# ---- CUDA: exactly the CPU's roundings.
+
+
+def on_cpu(result: PostprocessedMasks) -> PostprocessedMasks:
+    return PostprocessedMasks(*(None if tensor is None else tensor.cpu() for tensor in result))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
+def test_gpu_equals_official_chain(gpu, geometry, poisoned_memory):
+    low, inner, original, side = geometry
+    slow = gpu.type == "cpu" and original[0] * original[1] > 200_000
+    logits = torch.cat([make_logits(kind, (1, *low)) for kind in (["special"] if slow else KINDS)])
+    image = official_image(logits, inner, original, side)
+    logits = logits.to(gpu)
+    got = on_cpu(postprocess_masks(logits, inner, original, side, backend="native"))
+    check_against_official(got, image, exact=FUSED)
+    measured = on_cpu(postprocess_masks(logits, inner, original, side, return_bits=False, backend="native"))
+    for a, b in zip(measured[:3], got[:3], strict=True):
+        assert same(a, b)
+    floats = resize_logits(logits, inner, original, side, backend="native").cpu()
+    if FUSED:
+        assert same(floats, image)
+    else:
+        finite = image.abs() < 1e3
+        torch.testing.assert_close(floats[finite], image[finite], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gpu_widens_16_bits_exactly(gpu, dtype):
+    every = torch.arange(2**16).to(torch.uint16).view(dtype).view(1, 256, 256).to(gpu)
+    copy = resize_logits(every, (256, 256), (256, 256), 256, backend="native")  # weights 1 and 0: infinities give NaN
+    assert same(copy, every.float().where(every.isfinite(), torch.nan))
+    for kind in ("blobs", "special"):
+        logits = make_logits(kind, (2, 64, 64)).to(gpu, dtype)
+        got = postprocess_masks(logits, (256, 171), (300, 200), 256, backend="native")
+        wide = postprocess_masks(logits.float(), (256, 171), (300, 200), 256, backend="native")
+        for a, b in zip(got, wide, strict=True):
+            assert same(a, b)
+
+
+def test_gpu_agrees_with_the_reference_there(gpu):
+    for name in ("portrait", "downscale", "small both", "original 1x1", "logits 1x1"):
+        low, inner, original, side = GEOMETRIES[name]
+        logits = make_logits("noise", (1, *low)).to(gpu)
+        image = resize_logits(logits, inner, original, side, backend="torch")
+        torch.testing.assert_close(
+            resize_logits(logits, inner, original, side, backend="native"), image, atol=ROUNDING, rtol=0
+        )
+        got = postprocess_masks(logits, inner, original, side, backend="native")
+        check_against_official(on_cpu(got), image.cpu(), exact=False)
+
+
+def test_gpu_skips_a_tile_only_if_every_sample_allows_it(gpu):
+    """One sample of another kind, anywhere in a region that is certain otherwise."""
+    for value in (torch.nan, torch.inf, -torch.inf, 3.4e38, 0.0, 1.0, -1.0):
+        for background in (-20.0, 20.0):
+            logits = torch.full((5, 64, 64), background)
+            for mask, (row, column) in enumerate([(0, 0), (0, 63), (63, 63), (17, 31), (32, 32)]):
+                logits[mask, row, column] = value
+            image = official_image(logits, (256, 256), (300, 517), 256)
+            got = postprocess_masks(logits.to(gpu), (256, 256), (300, 517), 256, backend="native")
+            check_against_official(on_cpu(got), image, exact=FUSED)
+
+
+def test_gpu_takes_no_masks_strided_logits_and_many_masks(gpu):
+    none = postprocess_masks(torch.empty(0, 64, 64, device=gpu), (256, 256), (200, 300), 256, backend="native")
+    assert [tuple(t.shape) for t in none] == [(0,), (0,), (0, 4), (0, 200, 40)]
+    assert resize_logits(torch.empty(0, 8, 8, device=gpu), (32, 32), (9, 9), 32, backend="native").shape == (0, 9, 9)
+    logits = make_logits("noise", (301, 8, 6)).mT[::2]  # [151, 6, 8]
+    got = postprocess_masks(logits.to(gpu), (99, 100), (70, 66), 100, backend="native")
+    check_against_official(on_cpu(got), official_image(logits, (99, 100), (70, 66), 100), exact=FUSED)
 
 
 VALID = ((2, 8, 8), (32, 20), (50, 60), 32)

@@ -1,0 +1,71 @@
+// The Python face of the native operations on a GPU. A launcher gets the tensors' memory and a stream (an integer: the
+// address that torch.cuda.Stream.cuda_stream is), and returns before the GPU is done.
+#include "bindings.h"
+#include "device.h"
+
+namespace sam_fast {
+namespace {
+
+void* stream_of(std::uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+
+// Packed masks, whose rows kernels read word by word.
+uint8_t* cuda_bits(const TensorView& bits, const std::vector<int64_t>& shape) {
+  uint8_t* data = bits.cuda<uint8_t>(shape);
+  if (reinterpret_cast<std::uintptr_t>(data) % 8 != 0) {
+    throw std::invalid_argument("packed masks must start at a multiple of 8 bytes");
+  }
+  return data;
+}
+
+// Calls visit(pointer to the elements) for a tensor of one of the types that logits have.
+template <typename Visit>
+void with_logits(const TensorView& logits, Visit visit) {
+  if (logits.holds<Half>()) {
+    visit(logits.cuda<Half>({-1, -1, -1}));
+  } else if (logits.holds<Bfloat16>()) {
+    visit(logits.cuda<Bfloat16>({-1, -1, -1}));
+  } else {
+    visit(logits.cuda<float>({-1, -1, -1}));
+  }
+}
+
+void bind_postprocess_masks(py::module_& m) {
+  m.def("postprocess_masks_cuda", [](py::handle area_, py::handle stability_, py::handle boxes_, py::object bits_,
+                                     py::handle workspace_, py::handle logits_, Size input_size, Size original_size,
+                                     int32_t image_size, float mask_threshold, float inner_threshold,
+                                     float outer_threshold, std::uintptr_t stream) {
+    const TensorView area = view(area_, "area"), stability = view(stability_, "stability_score"),
+                     boxes = view(boxes_, "boxes"), workspace = view(workspace_, "workspace"),
+                     logits = view(logits_, "logits");
+    const TensorView bits = bits_.is_none() ? area : view(bits_, "bits");
+    const DeviceGuard guard(TensorView::cuda_device({&logits, &area, &stability, &boxes, &bits, &workspace}));
+    with_logits(logits, [&](const auto* in) {
+      const int64_t n = logits.size(0);
+      const MaskGeometry geometry = mask_geometry(logits, input_size, original_size, image_size);
+      uint8_t* out_bits = bits_.is_none() ? nullptr : cuda_bits(bits, {n, geometry.height, row_bytes(geometry.width)});
+      postprocess_masks_cuda(area.cuda<int64_t>({n}), stability.cuda<float>({n}), boxes.cuda<int64_t>({n, 4}), out_bits,
+                             workspace.cuda<int64_t>({n, kMaskWorkspace}), in, n, geometry,
+                             MaskThresholds{mask_threshold, inner_threshold, outer_threshold}, stream_of(stream));
+    });
+  });
+  m.def("resize_logits_cuda", [](py::handle output_, py::handle logits_, Size input_size, Size original_size,
+                                 int32_t image_size, std::uintptr_t stream) {
+    const TensorView output = view(output_, "output"), logits = view(logits_, "logits");
+    const DeviceGuard guard(TensorView::cuda_device({&logits, &output}));
+    with_logits(logits, [&](const auto* in) {
+      const int64_t n = logits.size(0);
+      const MaskGeometry geometry = mask_geometry(logits, input_size, original_size, image_size);
+      resize_logits_cuda(output.cuda<float>({n, geometry.height, geometry.width}), in, n, geometry, stream_of(stream));
+    });
+  });
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
+  m.attr("mask_workspace") = kMaskWorkspace;
+  bind_postprocess_masks(m);
+}
+
+}  // namespace sam_fast

@@ -1,0 +1,29 @@
+#include "device.h"
+#include "launch.cuh"
+
+namespace sam_fast {
+namespace {
+
+__global__ void probe_kernel() {}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int device) : before_(0) {
+  check_cuda(cudaGetDevice(&before_), "asking for the current CUDA device failed");
+  check_cuda(cudaSetDevice(device), "changing the current CUDA device failed");
+}
+
+DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+
+std::string cuda_unavailable_reason() {
+  int devices = 0;
+  cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error == cudaSuccess && devices == 0) error = cudaErrorNoDevice;
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();  // forget it: the next launch must not report it
+  return cudaGetErrorString(error);
+}
+
+}  // namespace sam_fast

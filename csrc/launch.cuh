@@ -1,0 +1,40 @@
+// What the CUDA launchers share. They allocate nothing, wait for nothing and run on the stream that they are given;
+// what the CUDA runtime refuses is thrown.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace sam_fast {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+// Launches `blocks` blocks, or as many as a grid may have: kernels step through their work by gridDim.x.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
+  if (blocks <= 0) return;
+  const int64_t most = std::numeric_limits<int32_t>::max();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks < most ? blocks : most));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = static_cast<cudaStream_t>(stream);
+  check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel of sam_fast failed");
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+namespace {
+
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
+
+}  // namespace
+}  // namespace sam_fast
