@@ -1,7 +1,7 @@
 """SamPredictor: set an image once, then ask for masks by points, boxes and earlier masks.
 
-The way of the data, from top to bottom: read_image and prepare_image (preprocess.py), encode (runtime), prompts to
-tensors (prompts.py), decode (runtime), postprocess (runtime), unpack.
+The way of the data, from top to bottom: read_image and prepare_image (preprocess.py), on a GPU preprocess_images;
+encode (runtime), prompts to tensors (prompts.py), decode (runtime), postprocess (runtime), unpack.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import Sam
+from sam_fast.ops.backend import unavailable_reason
 from sam_fast.ops.packed_masks import unpack_masks
-from sam_fast.preprocess import ImageLike, prepare_image, read_image
+from sam_fast.preprocess import ImageLike, prepare_image, preprocess_images, preprocesses_plainly, read_image
 from sam_fast.prompts import group_prompts, single_prompt_shape, to_prompts
 from sam_fast.runtime import InferenceRuntime
 from sam_fast.runtime.inference import Prompts
@@ -100,6 +101,8 @@ class SamPredictor:
 
     def encode_images(self, images: Sequence[ImageLike], image_format: str = "RGB") -> list[ImageEmbedding]:
         """Return the embeddings of images without changing the predictor; safe to call from many threads."""
+        if self.device.type == "cuda" and self._preprocesses_by_kernels():
+            return self._encode_originals(images, image_format)
         prepared = []
         for image in images:
             pixels = read_image(image, image_format)
@@ -120,6 +123,24 @@ class SamPredictor:
                 sizes = [prepared[i][2] for i in chunk]
                 embeddings.update(zip(chunk, self.runtime.encode(tensor, sizes), strict=True))
         return [embeddings[i] for i in range(len(prepared))]
+
+    def _preprocesses_by_kernels(self) -> bool:
+        """Whether kernels resize and normalise images, rather than Pillow and the model."""
+        if self.runtime.backend == "torch" or unavailable_reason("resize", "triton", self.device.type) is not None:
+            return False
+        # a model of other formats, float64 say, goes its own way
+        plain = preprocesses_plainly(self.model)
+        return plain and self.runtime.pixel_dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+    def _encode_originals(self, images: Sequence[ImageLike], image_format: str) -> list[ImageEmbedding]:
+        """`encode_images` with everything on the device; images of all sizes go through the encoder together."""
+        step = _ENCODE_BATCH.get(self.device.type, 1)
+        embeddings: list[ImageEmbedding] = []
+        for start in range(0, len(images), step):
+            chunk = images[start : start + step]
+            given = preprocess_images(chunk, self.model, image_format, dtype=self.runtime.pixel_dtype)
+            embeddings += self.runtime.encode_pixels(*given)
+        return embeddings
 
     def get_image_embedding(self) -> torch.Tensor:
         """Return the features [1, C, s, s] of the image that is set.

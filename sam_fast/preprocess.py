@@ -2,17 +2,22 @@
 
 Two steps: `read_image` makes uint8 RGB [H,W,3] of arrays, tensors, Pillow images and files; `prepare_image` resizes
 that and turns it into a tensor. Normalisation and padding belong to the model (`Sam.preprocess`).
+
+On a GPU, `preprocess_images` does all of it there: the bytes of the original image are copied, and nothing waits.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sam_fast.modeling import Sam
+from sam_fast.ops.resize import preprocess_image_
 from sam_fast.utils.transforms import ResizeLongestSide
 
 ImageLike: TypeAlias = "np.ndarray | torch.Tensor | Image.Image | str | os.PathLike[str]"
@@ -41,8 +46,7 @@ def read_image(image: ImageLike, image_format: str = "RGB") -> np.ndarray:
         ValueError: wrong dtype, shape or image_format, an empty image, or a file that is not a readable image.
         FileNotFoundError: there is no such file.
     """
-    if image_format not in _IMAGE_FORMATS:
-        raise ValueError(f"image_format must be one of {_IMAGE_FORMATS}, got {image_format!r}")
+    _require_format(image_format)
     if isinstance(image, np.ndarray):
         return _from_array(image, image_format)
     if isinstance(image, torch.Tensor):
@@ -76,6 +80,85 @@ def prepare_image(image: np.ndarray, image_size: int) -> tuple[torch.Tensor, tup
     return tensor, (resized.shape[0], resized.shape[1]), (image.shape[0], image.shape[1])
 
 
+class ModelInput(NamedTuple):
+    """Images as the image encoder takes them.
+
+    pixels: [B, 3, S, S], normalised and padded.
+    input_sizes: (h, w) of each image inside of its padding.
+    original_sizes: (H, W) of each image before the resize.
+    """
+
+    pixels: torch.Tensor
+    input_sizes: list[tuple[int, int]]
+    original_sizes: list[tuple[int, int]]
+
+
+def preprocess_images(
+    images: Sequence[ImageLike],
+    model: Sam,
+    image_format: str = "RGB",
+    *,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> ModelInput:
+    """Resize, normalise and pad images on the model's device, as `Sam.preprocess(prepare_image(image))` would.
+
+    A GPU's stream gets all of the work, copies from pinned memory included; the host waits for none of it.
+
+    Args:
+        images: what `read_image` takes, of any sizes; a tensor that is on the device stays there.
+        model: whose input side, channel order and statistics these are; `preprocesses_plainly(model)` holds.
+        image_format: channel order of arrays and tensors.
+        dtype: of the result; float32, bfloat16 or float16.
+        backend: of `preprocess_image_`.
+
+    Raises:
+        TypeError, ValueError: as `read_image`.
+    """
+    side = model.image_encoder.img_size
+    pixels = torch.empty(len(images), 3, side, side, dtype=dtype, device=model.device)
+    input_sizes, original_sizes = [], []
+    for slot, image in zip(pixels, images, strict=True):
+        uploaded, order = _upload(image, image_format, model.device)
+        height, width, _ = uploaded.shape
+        size = ResizeLongestSide.get_preprocess_shape(height, width, side)
+        reverse = order != model.image_format
+        preprocess_image_(slot, uploaded, size, model.pixel_mean, model.pixel_std, reverse=reverse, backend=backend)
+        input_sizes.append(size)
+        original_sizes.append((height, width))
+    return ModelInput(pixels, input_sizes, original_sizes)
+
+
+def preprocesses_plainly(model: Sam) -> bool:
+    """Whether `preprocess_images` can stand in for the model's own `preprocess`, which somebody may have replaced."""
+    if getattr(type(model), "preprocess", None) is not Sam.preprocess or "preprocess" in model.__dict__:
+        return False
+    statistics = (model.pixel_mean, model.pixel_std)
+    plain = all(s.shape == (3, 1, 1) and s.dtype == torch.float32 and s.is_contiguous() for s in statistics)
+    return plain and model.image_format in _IMAGE_FORMATS
+
+
+def _upload(image: ImageLike, image_format: str, device: torch.device) -> tuple[torch.Tensor, str]:
+    """An image as uint8 [H,W,3] on a device, not waited for, and the order of its channels."""
+    _require_format(image_format)
+    if isinstance(image, torch.Tensor) and image.device.type != "cpu":
+        _check_tensor(image)
+        interleaved = image[:, :, None] if image.ndim == 2 else image.permute(1, 2, 0)
+        colours = interleaved.expand(-1, -1, 3) if interleaved.shape[2] == 1 else interleaved[:, :, :3]
+        return colours.to(device).contiguous(), image_format
+    knows_its_order = not isinstance(image, (np.ndarray, torch.Tensor))
+    array = read_image(image)
+    # PyTorch keeps pinned memory for the next image, once the copy out of it is done.
+    staged = torch.empty(array.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.copyto(staged.numpy(), array)
+    return staged.to(device, non_blocking=True), "RGB" if knows_its_order else image_format
+
+
+def _require_format(image_format: str) -> None:
+    if image_format not in _IMAGE_FORMATS:
+        raise ValueError(f"image_format must be one of {_IMAGE_FORMATS}, got {image_format!r}")
+
+
 def _require_uint8(kind: str, dtype: object, is_uint8: bool) -> None:
     if not is_uint8:
         raise ValueError(
@@ -100,12 +183,18 @@ def _from_array(image: np.ndarray, image_format: str) -> np.ndarray:
     return np.ascontiguousarray(colours[:, :, ::-1] if image_format == "BGR" else colours)
 
 
-def _from_tensor(image: torch.Tensor, image_format: str) -> np.ndarray:
+def _check_tensor(image: torch.Tensor) -> None:
     _require_uint8("an image tensor", image.dtype, image.dtype == torch.uint8)
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[0] not in (1, 3, 4)):
         looks_interleaved = image.ndim == 3 and image.shape[2] in (1, 3, 4)
         hint = "; for channels last use image.permute(2, 0, 1)" if looks_interleaved else ""
         raise ValueError(f"an image tensor must be [H,W], [1,H,W], [3,H,W] or [4,H,W], got {tuple(image.shape)}{hint}")
+    if image.numel() == 0:
+        raise ValueError(f"the image is empty: {tuple(image.shape)}")
+
+
+def _from_tensor(image: torch.Tensor, image_format: str) -> np.ndarray:
+    _check_tensor(image)
     array = image.cpu().numpy()
     return _from_array(array if image.ndim == 2 else array.transpose(1, 2, 0), image_format)
 

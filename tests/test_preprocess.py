@@ -1,15 +1,19 @@
 """Every kind of image a user may pass, and its way to the model's input."""
 
+import copy
 import io
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from sam_fast.preprocess import prepare_image, read_image
-from tests.oracle import official
+from sam_fast import SamPredictor
+from sam_fast.preprocess import prepare_image, preprocess_images, preprocesses_plainly, read_image
+from tests.oracle import TINY, official
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OfficialResize = official.utils.transforms.ResizeLongestSide
 
 
@@ -204,3 +208,107 @@ def test_prepare_image_refuses_what_read_image_did_not_make(rgb):
     for image in [rgb[:, :, :2], rgb.astype(np.float32), rgb[:, :, 0], rgb[:0]]:
         with pytest.raises(ValueError, match="uint8"):
             prepare_image(image, 64)
+
+
+# -- on the device
+
+
+@pytest.fixture(params=["RGB", "BGR"])
+def model(tiny, request):
+    """The tiny model, one that wants its channels in this order."""
+    model = copy.deepcopy(tiny).to(DEVICE)
+    model.image_format = request.param
+    return model
+
+
+def by_prepare_image(model, image, image_format):
+    array = read_image(image, image_format)
+    ordered = array if model.image_format == "RGB" else np.ascontiguousarray(array[..., ::-1])
+    tensor, input_size, original_size = prepare_image(ordered, model.image_encoder.img_size)
+    return model.preprocess(tensor.to(model.device))[0], input_size, original_size
+
+
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_device_equals_pillow_and_model(model, rgb, photo, image_format, tmp_path):
+    Image.fromarray(rgb).save(tmp_path / "file.png")
+    images = [
+        photo[:300],
+        rgb,
+        rgb[::-1, ::2],
+        rgb[..., 0],
+        np.dstack([rgb, rgb[..., :1]]),
+        torch.from_numpy(rgb).permute(2, 0, 1),
+        torch.from_numpy(rgb).permute(2, 0, 1).to(DEVICE),
+        torch.from_numpy(rgb[..., 0].copy()).to(DEVICE),
+        Image.fromarray(rgb),
+        str(tmp_path / "file.png"),
+        np.zeros((700, 2, 3), np.uint8),
+    ]
+    got = preprocess_images(images, model, image_format)
+    assert got.pixels.shape == (len(images), 3, TINY.image_size, TINY.image_size)
+    for i, image in enumerate(images):
+        pixels, input_size, original_size = by_prepare_image(model, image, image_format)
+        assert (got.input_sizes[i], got.original_sizes[i]) == (input_size, original_size)
+        torch.testing.assert_close(got.pixels[i], pixels, rtol=0, atol=0)
+
+
+def test_device_by_kernels(tiny, rgb):
+    """A model of a small input, as kernels are interpreted where there is no GPU."""
+    model = copy.deepcopy(tiny).to(DEVICE)
+    model.image_encoder.img_size = 16
+    images = [rgb, rgb.transpose(1, 0, 2), rgb[:1, :1]]
+    for dtype in (torch.float32, torch.float16):
+        got = preprocess_images(images, model, "BGR", dtype=dtype, backend="triton")
+        for i, image in enumerate(images):
+            expected = by_prepare_image(model, image, "BGR")[0].to(dtype)
+            torch.testing.assert_close(got.pixels[i], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 4, 5), torch.zeros(3, 0, 5, dtype=torch.uint8), "nothing.png", 3])
+def test_device_refuses_what_read_image_refuses(model, image):
+    image = image.to(DEVICE) if isinstance(image, torch.Tensor) else image
+    with pytest.raises((ValueError, TypeError, FileNotFoundError)) as expected:
+        read_image(image)
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        preprocess_images([image], model)
+    with pytest.raises(ValueError, match="GBR"):
+        preprocess_images([image], model, "GBR")
+
+
+def test_predictor_encodes_originals(model, rgb, photo):
+    predictor = SamPredictor(model, precision="fp32")
+    images = [photo[:100, :90], rgb]
+    embeddings = predictor._encode_originals(images, "BGR")
+    for image, got in zip(images, embeddings, strict=True):
+        tensor, input_size, original_size = prepare_image(read_image(image, "BGR"), TINY.image_size)
+        ordered = tensor if model.image_format == "RGB" else tensor.flip(1)
+        expected = predictor.runtime.encode(ordered.to(DEVICE), [original_size])[0]
+        assert (got.input_size, got.original_size) == (input_size, original_size)
+        assert (got.image_size, got.image_format) == (expected.image_size, model.image_format)
+        torch.testing.assert_close(got.features, expected.features, rtol=1e-4, atol=1e-4)
+    assert predictor._encode_originals([], "RGB") == []
+
+
+def test_a_replaced_preprocess_is_called(tiny):
+    assert preprocesses_plainly(tiny)
+
+    class Whitened(type(tiny)):
+        def preprocess(self, x):
+            return x
+
+    models = [copy.deepcopy(tiny) for _ in range(5)]
+    models[0].__class__ = Whitened
+    models[1].preprocess = lambda x: x
+    models[2].half()
+    models[3].pixel_std = torch.ones(1)
+    models[4].image_format = "YUV"
+    for model in models:
+        assert not preprocesses_plainly(model)
+
+
+def test_which_predictors_use_kernels(tiny):
+    ours = copy.deepcopy(tiny).to(DEVICE)
+    assert SamPredictor(ours)._preprocesses_by_kernels()
+    assert not SamPredictor(ours, backend="torch")._preprocesses_by_kernels()
+    ours.image_encoder.double()
+    assert not SamPredictor(ours)._preprocesses_by_kernels()

@@ -116,10 +116,27 @@ class InferenceRuntime:
             images: [B, 3, h, w], values 0..255, longest side S, in the model's channel order.
             original_sizes: (H, W) of each image before the resize.
         """
-        fingerprint = model_fingerprint(self.model.image_encoder)
         input_size = (images.shape[-2], images.shape[-1])
-        pixels = self.model.preprocess(images).to(_weight_dtype(self.model.image_encoder))
-        features = self._features(pixels).float().contiguous()
+        return self.encode_pixels(self.model.preprocess(images), [input_size] * len(images), original_sizes)
+
+    @property
+    def pixel_dtype(self) -> torch.dtype:
+        """The number format that the image encoder's weights take."""
+        return _weight_dtype(self.model.image_encoder)
+
+    @torch.no_grad()
+    def encode_pixels(
+        self, pixels: torch.Tensor, input_sizes: list[tuple[int, int]], original_sizes: list[tuple[int, int]]
+    ) -> list[ImageEmbedding]:
+        """Encode images that were normalised and padded before.
+
+        Args:
+            pixels: [B, 3, S, S], as `Sam.preprocess` returns them.
+            input_sizes: (h, w) of each image inside of its padding.
+            original_sizes: (H, W) of each image before the resize.
+        """
+        fingerprint = model_fingerprint(self.model.image_encoder)
+        features = self._features(pixels.to(self.pixel_dtype)).float().contiguous()
         return [
             ImageEmbedding(
                 features[i : i + 1],
@@ -129,7 +146,7 @@ class InferenceRuntime:
                 self.model.image_format,
                 fingerprint,
             )
-            for i, original_size in enumerate(original_sizes)
+            for i, (input_size, original_size) in enumerate(zip(input_sizes, original_sizes, strict=True))
         ]
 
     def _features(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from sam_fast.kernels import resize as kernels
 from sam_fast.kernels.launch import unavailable_reason
+
 from sam_fast.ops.resize import _resize_axis, _table
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
