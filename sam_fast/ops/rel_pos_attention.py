@@ -23,9 +23,10 @@ def rel_pos_attention(
     rel_pos: tuple[Tensor, Tensor] | None,
     window: tuple[int, int],
     *,
+    scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q k^T / sqrt(d) + q . Rh[y_q - y_k] + q . Rw[x_q - x_k]) v within each window.
+    """softmax(scale q k^T + q . Rh[y_q - y_k] + q . Rw[x_q - x_k]) v within each window.
 
     Windows tile the image from its upper left corner. Where the last ones reach beyond it there are tokens of padding,
     which take part unmasked, as in the official code: their projections are the bias alone.
@@ -35,30 +36,33 @@ def rel_pos_attention(
         qkv_bias: [3 heads d], what padding is projected to; None if the projection has no bias.
         rel_pos: Rh [2 rows - 1, d] and Rw [2 columns - 1, d], or None.
         window: rows and columns of a window; (H, W) for attention over the whole image.
-        backend: "native", "torch" or "auto", which takes the native one for float32 and widths in eights.
+        scale: by default 1 / sqrt(d).
+        backend: "native" (float32, d a multiple of 8), "triton" (d = 16, 32, 48, 64, 80, 96, 128, ..., and no
+            qkv_bias where there is padding: see `runtime.packed_encoder`), "torch" or "auto".
 
     Returns:
         [B, H, W, heads d].
 
     Raises:
-        ValueError: shapes do not fit, or the native backend cannot take these.
+        ValueError: shapes do not fit, or the backend that was named cannot take these.
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, d], got {list(qkv.shape)}")
     if rel_pos is not None and [len(table) for table in rel_pos] != [2 * side - 1 for side in window]:
         raise ValueError(f"relative positions {[len(t) for t in rel_pos]} do not fit windows of {window}")
-    tensors = [x for x in (qkv, qkv_bias, *(rel_pos or ())) if x is not None]
-    fits = qkv.shape[5] % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
-    if backend == "native" and not fits:
-        raise ValueError("the native rel_pos_attention takes float32 and heads as wide as a multiple of 8")
-    arguments = qkv, qkv_bias, *(rel_pos or (None, None)), *window, backend if fits else "torch"
+    scale = qkv.shape[5] ** -0.5 if scale is None else scale
+    arguments = qkv, qkv_bias, *(rel_pos or (None, None)), *window, scale, backend
     if torch.compiler.is_compiling():
         return torch.ops.sam_fast.rel_pos_attention(*arguments)
     return _rel_pos_attention(*arguments)
 
 
 def rel_pos_attention_reference(
-    qkv: Tensor, qkv_bias: Tensor | None, rel_pos: tuple[Tensor, Tensor] | None, window: tuple[int, int]
+    qkv: Tensor,
+    qkv_bias: Tensor | None,
+    rel_pos: tuple[Tensor, Tensor] | None,
+    window: tuple[int, int],
+    scale: float | None = None,
 ) -> Tensor:
     """`rel_pos_attention` in PyTorch, windows and biases materialised."""
     B, H, W, _, heads, d = qkv.shape
@@ -76,25 +80,60 @@ def rel_pos_attention_reference(
         bias_h = torch.einsum("bnhwd,hkd->bnhwk", spread, rel_pos[0][offsets[0]])
         bias_w = torch.einsum("bnhwd,wkd->bnhwk", spread, rel_pos[1][offsets[1]])
         bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(*q.shape[:2], h * w, h * w)
-    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     x = x.view(B, rows, columns, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
     return x.reshape(B, rows * h, columns * w, heads * d)[:, :H, :W]
 
 
 def _rel_pos_attention(
-    qkv: Tensor, bias: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None, rows: int, columns: int, backend: str
+    qkv: Tensor,
+    bias: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    rows: int,
+    columns: int,
+    scale: float,
+    backend: str,
 ) -> Tensor:
     tensors = [x for x in (qkv, bias, rel_h, rel_w) if x is not None]
-    if choose_backend("rel_pos_attention", backend, *tensors) == "torch":
-        rel_pos = None if rel_h is None or rel_w is None else (rel_h, rel_w)
-        return rel_pos_attention_reference(qkv, bias, rel_pos, (rows, columns)).contiguous()
-    output = _rel_pos_attention_fake(qkv)
-    bias, rel_h, rel_w = (None if x is None else x.contiguous() for x in (bias, rel_h, rel_w))
-    scale = qkv.shape[5] ** -0.5
+    chosen = choose_backend("rel_pos_attention", backend, *tensors)
+    rel_pos = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
+    reason = _UNFIT[chosen](qkv, bias, tensors, (rows, columns)) if chosen in _UNFIT else None
+    if reason is not None and backend != "auto":
+        raise ValueError(f"the {chosen} rel_pos_attention takes {reason}")
+    if chosen == "torch" or reason is not None:
+        return rel_pos_attention_reference(qkv, bias, rel_pos, (rows, columns), scale).contiguous()
+    output, qkv = _rel_pos_attention_fake(qkv), qkv.contiguous()
+    if chosen == "triton":
+        from sam_fast.kernels import rel_pos_attention as kernels
+
+        kernels.rel_pos_attention(output, qkv, rel_pos, (rows, columns), scale)
+        return output
+    bias = None if bias is None else bias.contiguous()
     native.module().rel_pos_attention(
-        output, qkv.contiguous(), bias, rel_h, rel_w, rows, columns, scale, native.num_threads()
+        output, qkv, bias, *(rel_pos or (None, None)), rows, columns, scale, native.num_threads()
     )
     return output
+
+
+def _unfit_for_native(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tuple[int, int]) -> str | None:
+    if qkv.shape[5] % 8 or any(x.dtype != torch.float32 for x in tensors):
+        return "float32 and heads as wide as a multiple of 8"
+    return None
+
+
+def _unfit_for_triton(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tuple[int, int]) -> str | None:
+    from sam_fast.kernels import rel_pos_attention as kernels
+
+    if not kernels.fits(qkv) or any(x.dtype != qkv.dtype for x in tensors):
+        return "one type, of half precision or float32, and heads as wide as 16, 32, 48, 64, 80, 96, 128, ..."
+    if bias is not None and (qkv.shape[1] % window[0] or qkv.shape[2] % window[1]):
+        return "no qkv_bias where there is padding"
+    return None
+
+
+# backend -> what it takes that these arguments are not, or None if it takes them
+_UNFIT = {"native": _unfit_for_native, "triton": _unfit_for_triton}
 
 
 def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:
@@ -104,7 +143,7 @@ def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:
 
 register(
     "rel_pos_attention(Tensor qkv, Tensor? qkv_bias, Tensor? rel_h, Tensor? rel_w, SymInt rows, SymInt columns, "
-    "str backend) -> Tensor",
+    "float scale, str backend) -> Tensor",
     _rel_pos_attention,
     _rel_pos_attention_fake,
 )

@@ -1,4 +1,4 @@
-"""The image encoder's attention: native code against PyTorch in float64."""
+"""The image encoder's attention: native code and Triton kernels against PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from sam_fast.ops.rel_pos_attention import rel_pos_attention, rel_pos_attention_reference
 
 TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
+# Of half precision: weights of the softmax, relative terms and output are rounded to it; 8e-3 and 1e-3 measured.
+HALF_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 
 
 def problem(
@@ -101,6 +104,83 @@ def test_not_a_number_stays_in_its_window_and_head():
     assert torch.equal(got[:, :, 8:], clean[:, :, 8:]) and torch.equal(got[:, :, :8, 16:], clean[:, :, :8, 16:])
 
 
+TRITON_CASES = {
+    "windows of SAM, padded": dict(size=(15, 17), window=(14, 14), heads=1, d=16),
+    "windows of SAM, heads of 80": dict(size=(9, 15), window=(14, 14), heads=2, d=80),
+    "windows that fit": dict(size=(8, 16), window=(8, 8), images=2, d=32),
+    "windows of 16": dict(size=(16, 18), window=(16, 16), heads=1),
+    "windows of 16 rows": dict(size=(16, 9), window=(16, 5), heads=1),
+    "windows of 16 columns": dict(size=(7, 20), window=(3, 16), heads=1),
+    "one token": dict(size=(1, 1), window=(1, 1), heads=1),
+    "heads of 48": dict(size=(3, 4), window=(2, 3), d=48),
+    "heads of 96": dict(size=(3, 4), window=(3, 3), d=96),
+    "heads of 128": dict(size=(3, 2), window=(3, 3), heads=1, d=128),
+    "whole image": dict(size=(3, 20), window=(3, 20), images=2),
+    "whole image, heads of 80": dict(size=(2, 32), window=(2, 32), heads=1, d=80),
+    "whole image, wide": dict(size=(2, 70), window=(2, 70), heads=1),
+    "whole image, tall": dict(size=(40, 2), window=(40, 2), heads=1),
+    "large windows, padded": dict(size=(3, 22), window=(2, 17), heads=1),
+}
+
+
+def check_triton(name: str, dtype: torch.dtype, *, with_positions: bool = True, scale: float | None = None) -> None:
+    case = TRITON_CASES[name]
+    qkv, _, tables = (x.to(dtype) if isinstance(x, Tensor) else x for x in problem(**case))
+    rel_pos = tuple(table.to(dtype) for table in tables) if with_positions else None
+    on_device = None if rel_pos is None else tuple(table.to(DEVICE) for table in rel_pos)
+    got = rel_pos_attention(qkv.to(DEVICE), None, on_device, case["window"], scale=scale, backend="triton").cpu()
+    wide = None if rel_pos is None else (rel_pos[0].double(), rel_pos[1].double())
+    expected = rel_pos_attention_reference(qkv.double(), None, wide, case["window"], scale)
+    assert got.dtype == dtype and got.shape == expected.shape
+    assert relative_error(got.double(), expected) <= HALF_TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", TRITON_CASES)
+def test_triton_equals_reference(name, dtype):
+    check_triton(name, dtype)
+
+
+@pytest.mark.parametrize("name", ["windows of SAM, padded", "windows of 16", "whole image", "large windows, padded"])
+def test_triton_in_fp16_without_positions_and_with_a_scale(name):
+    check_triton(name, torch.float16, with_positions=False)
+    check_triton(name, torch.float16, scale=0.6931471805599453)  # ln 2, as the packed encoder asks for
+
+
+@pytest.mark.parametrize("name", ["windows of SAM, padded", "whole image"])
+def test_triton_writes_all_and_nothing_else(name, monkeypatch):
+    """The output begins as NaN; what lies beside the input is never read into it."""
+    from sam_fast.ops import rel_pos_attention as module
+
+    fake = module._rel_pos_attention_fake
+    monkeypatch.setattr(module, "_rel_pos_attention_fake", lambda qkv: fake(qkv).fill_(torch.nan))
+    check_triton(name, torch.float32)
+    check_triton(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [(4, 4), (3, 20)])
+def test_triton_keeps_not_a_number_in_its_window_and_head(window):
+    size = (window[0], 2 * window[1])
+    qkv, _, rel_pos = problem(size, window)
+    arguments = None, tuple(table.to(DEVICE) for table in rel_pos), window
+    clean = rel_pos_attention(qkv.to(DEVICE), *arguments, backend="triton")
+    qkv[0, 1, 2, 1, 0, 0] = torch.nan  # a key
+    got = rel_pos_attention(qkv.to(DEVICE), *arguments, backend="triton")
+    assert got[:, :, : window[1], :16].isnan().all()
+    assert torch.equal(got[:, :, window[1] :], clean[:, :, window[1] :])
+    assert torch.equal(got[:, :, : window[1], 16:], clean[:, :, : window[1], 16:])
+
+
+def test_triton_refuses_what_it_cannot_do():
+    qkv, bias, rel_pos = problem((3, 4), (2, 2))
+    with pytest.raises(ValueError, match="no qkv_bias"):
+        rel_pos_attention(qkv, bias, rel_pos, (2, 2), backend="triton")
+    with pytest.raises(ValueError, match="heads as wide as"):
+        rel_pos_attention(problem((4, 4), (2, 2), d=24)[0], None, None, (2, 2), backend="triton")
+    with pytest.raises(ValueError, match="one type"):
+        rel_pos_attention(qkv.half(), None, rel_pos, (2, 2), backend="triton")
+
+
 def test_bad_input():
     qkv, bias, rel_pos = problem((8, 8), (8, 8))
     with pytest.raises(ValueError, match="qkv must be"):
@@ -117,11 +197,11 @@ def test_bad_input():
     assert rel_pos_attention(odd, bias, rel_pos, (8, 8)).shape == (1, 8, 8, 24)  # auto: PyTorch's
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
-    qkv, bias, rel_pos = problem((5, 6), (4, 4))
+    qkv, bias, rel_pos = problem((4, 8), (4, 4))
     for arguments in ((qkv, bias, *rel_pos), (qkv, None, None, None)):
-        torch.library.opcheck(torch.ops.sam_fast.rel_pos_attention.default, (*arguments, 4, 4, backend))
+        torch.library.opcheck(torch.ops.sam_fast.rel_pos_attention.default, (*arguments, 4, 4, 0.25, backend))
 
 
 def test_compiles_as_one_graph():
