@@ -72,23 +72,6 @@ SAM_FAST_HD inline float bilinear_small(float top_first, float top_second, float
   return multiply_add<kFused>(row.second_weight * column.second_weight, bottom_second, sum);
 }
 
-// ---- Certain regions: bilinear values are convex combinations of their samples, so where all samples lie on one side
-// of a threshold, so do all values. "Side" keeps a margin above the rounding error (relative 1e-5 against about 1e-6),
-// and samples that are NaN, infinite or huge lie on no side.
-
-constexpr float kRelativeMargin = 1e-5f;
-constexpr float kAbsoluteMargin = 1e-30f;  // products of weights and smaller samples may underflow
-constexpr float kHuge = 1e37f;             // larger samples may overflow when blended
-
-SAM_FAST_HD inline float side_margin(float threshold) { return fabsf(threshold) * kRelativeMargin + kAbsoluteMargin; }
-
-// 1 if everything in [least, most] is certainly above the threshold, -1 if certainly below, else 0.
-SAM_FAST_HD inline int side_of(float least, float most, float threshold) {
-  const float margin = side_margin(threshold);
-  if (least > threshold + margin) return 1;
-  return most < threshold - margin ? -1 : 0;
-}
-
 // ---- Numbers.
 
 SAM_FAST_HD inline float float_of_bits(uint32_t bits) {
@@ -114,6 +97,49 @@ SAM_FAST_HD inline float widen(Half value) {
   const bool finite = (value.bits & 0x7c00) != 0x7c00;
   const uint32_t magnitude = finite ? bits_of_float(float_of_bits(digits) * 0x1p112f) : digits | 0x7f800000;
   return float_of_bits(sign | magnitude);
+}
+
+// ---- Certain regions: bilinear values are convex combinations of their samples, so where all samples lie on one side
+// of a threshold, so do all values. "Side" keeps a margin above the rounding error (relative 1e-5 against about 1e-6),
+// and samples that are NaN, infinite or huge lie on no side.
+
+constexpr float kRelativeMargin = 1e-5f;
+constexpr float kAbsoluteMargin = 1e-30f;  // products of weights and smaller samples may underflow
+constexpr float kHuge = 1e37f;             // larger samples may overflow when blended
+
+SAM_FAST_HD inline float side_margin(float threshold) { return fabsf(threshold) * kRelativeMargin + kAbsoluteMargin; }
+
+// 1 if everything in [least, most] is certainly above the threshold, -1 if certainly below, else 0.
+SAM_FAST_HD inline int side_of(float least, float most, float threshold) {
+  const float margin = side_margin(threshold);
+  if (least > threshold + margin) return 1;
+  return most < threshold - margin ? -1 : 0;
+}
+
+// ---- Boxes, XYXY.
+
+// max and min whose NaN cases do not matter: a NaN coordinate makes the box's area NaN, and with it every IoU.
+SAM_FAST_HD inline float larger(float a, float b) { return a > b ? a : b; }
+SAM_FAST_HD inline float smaller(float a, float b) { return a < b ? a : b; }
+
+SAM_FAST_HD inline float intersection(float ax1, float ay1, float ax2, float ay2, float bx1, float by1, float bx2,
+                                      float by2) {
+  const float width = larger(0.0f, smaller(ax2, bx2) - larger(ax1, bx1));
+  const float height = larger(0.0f, smaller(ay2, by2) - larger(ay1, by1));
+  return width * height;
+}
+
+// False if inter / uni > limit is certainly false, for limit >= 0: for a positive union the product form is implied by
+// it (rounding is monotonic and inter is a float); a negative union or a NaN passes and is left to the division.
+SAM_FAST_HD inline bool may_exceed(float inter, float uni, float limit) {
+  return !(inter < limit * uni) & (inter > 0.0f);
+}
+
+// Ranks of scores: descending, NaN last, -0 equal to +0.
+SAM_FAST_HD inline uint32_t score_rank(float score) {
+  if (score != score) return 0xffffffffu;
+  const uint32_t raw = bits_of_float(score + 0.0f);
+  return raw & 0x80000000u ? raw : 0x7fffffffu - raw;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 // address that torch.cuda.Stream.cuda_stream is), and returns before the GPU is done.
 #include "bindings.h"
 #include "device.h"
+#include "nms.h"
 
 namespace sam_fast {
 namespace {
@@ -60,12 +61,36 @@ void bind_postprocess_masks(py::module_& m) {
   });
 }
 
+void bind_nms(py::module_& m) {
+  m.def("nms_keys_cuda", [](py::handle keys_, py::handle scores_, std::uintptr_t stream) {
+    const TensorView keys = view(keys_, "keys"), scores = view(scores_, "scores");
+    const DeviceGuard guard(TensorView::cuda_device({&scores, &keys}));
+    const int64_t n = scores.numel();
+    if (n > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("nms takes at most 2**31 - 1 boxes");
+    nms_keys_cuda(keys.cuda<int64_t>({n}), scores.cuda<float>({n}), n, stream_of(stream));
+  });
+  m.def("nms_workspace", &nms_workspace);
+  m.def("nms_cuda", [](py::handle kept_, py::handle count_, py::handle workspace_, py::handle keys_, py::handle boxes_,
+                       double iou_threshold, std::uintptr_t stream) {
+    const TensorView kept = view(kept_, "kept"), count = view(count_, "count"),
+                     workspace = view(workspace_, "workspace"), keys = view(keys_, "keys"),
+                     boxes = view(boxes_, "boxes");
+    const DeviceGuard guard(TensorView::cuda_device({&boxes, &kept, &count, &workspace, &keys}));
+    const float* in = boxes.cuda<float>({-1, 4});
+    const int64_t n = boxes.size(0);
+    if (n > std::numeric_limits<int32_t>::max()) throw std::invalid_argument("nms takes at most 2**31 - 1 boxes");
+    nms_cuda(kept.cuda<int64_t>({n}), count.cuda<int64_t>({1}), workspace.cuda<int64_t>({nms_workspace(n)}),
+             keys.cuda<int64_t>({n}), in, n, iou_threshold, stream_of(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.attr("mask_workspace") = kMaskWorkspace;
   bind_postprocess_masks(m);
+  bind_nms(m);
 }
 
 }  // namespace sam_fast

@@ -4,10 +4,10 @@
 #include "nms.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
+
+#include "arithmetic.h"
 
 namespace sam_fast {
 namespace {
@@ -23,20 +23,11 @@ struct Box {
   float x1, y1, x2, y2, area;
 };
 
-// max and min whose NaN cases do not matter: a NaN coordinate makes the box's area NaN, and with it every IoU.
-inline float larger(float a, float b) { return a > b ? a : b; }
-inline float smaller(float a, float b) { return a < b ? a : b; }
+// Keys that sort like this: descending score, then ascending index, NaN last.
+uint64_t sort_key(float score, uint32_t index) { return (static_cast<uint64_t>(score_rank(score)) << 32) | index; }
 
-// Unsigned keys that sort like this: descending score, then ascending index, NaN last. -0 equals +0.
-uint64_t sort_key(float score, uint32_t index) {
-  uint32_t key = std::numeric_limits<uint32_t>::max();
-  if (!std::isnan(score)) {
-    const float value = score + 0.0f;
-    uint32_t raw;
-    std::memcpy(&raw, &value, 4);
-    key = raw & 0x80000000u ? raw : 0x7fffffffu - raw;
-  }
-  return (static_cast<uint64_t>(key) << 32) | index;
+float intersection(const Group& group, int i, const Box& box) {
+  return intersection(group.x1[i], group.y1[i], group.x2[i], group.y2[i], box.x1, box.y1, box.x2, box.y2);
 }
 
 // `limit`: the largest float that is not above the threshold, so that comparing floats equals comparing in double.
@@ -44,13 +35,9 @@ bool suppresses(const Group& group, const Box& box, float limit) {
   float inter[kLanes], uni[kLanes];
   int maybe = 0;
   for (int i = 0; i < kLanes; ++i) {
-    const float w = larger(0.0f, smaller(group.x2[i], box.x2) - larger(group.x1[i], box.x1));
-    const float h = larger(0.0f, smaller(group.y2[i], box.y2) - larger(group.y1[i], box.y1));
-    inter[i] = w * h;
+    inter[i] = intersection(group, i, box);
     uni[i] = group.area[i] + box.area - inter[i];
-    // For limit >= 0 and a positive union this is implied by inter / uni > limit (rounding is monotonic and inter is
-    // a float); a negative union or a NaN passes and is left to the division.
-    maybe |= !(inter[i] < limit * uni[i]) & (inter[i] > 0.0f);
+    maybe |= may_exceed(inter[i], uni[i], limit);
   }
   if (maybe == 0) return false;
   for (int i = 0; i < kLanes; ++i) {
@@ -62,18 +49,10 @@ bool suppresses(const Group& group, const Box& box, float limit) {
 // The same for a negative threshold, which boxes that do not overlap exceed as well.
 bool suppresses_below_zero(const Group& group, const Box& box, float limit) {
   for (int i = 0; i < kLanes; ++i) {
-    const float w = larger(0.0f, smaller(group.x2[i], box.x2) - larger(group.x1[i], box.x1));
-    const float h = larger(0.0f, smaller(group.y2[i], box.y2) - larger(group.y1[i], box.y1));
-    const float inter = w * h;
+    const float inter = intersection(group, i, box);
     if (inter / (group.area[i] + box.area - inter) > limit) return true;
   }
   return false;
-}
-
-float largest_float_not_above(double value) {
-  const float rounded = static_cast<float>(value);
-  return static_cast<double>(rounded) > value ? std::nextafter(rounded, -std::numeric_limits<float>::infinity())
-                                              : rounded;
 }
 
 }  // namespace

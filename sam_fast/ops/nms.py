@@ -65,9 +65,22 @@ def nms_reference(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: floa
 def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, backend: str) -> torch.Tensor:
     if choose_backend("nms", backend, boxes, scores) == "torch":
         return nms_reference(boxes, scores, iou_threshold)
+    if native.uses_cuda(boxes):
+        return _nms_cuda(boxes, scores, iou_threshold)
     kept = torch.empty(boxes.shape[0], dtype=torch.int64)
     count = native.module().nms(kept, boxes.contiguous(), scores.contiguous(), iou_threshold)
     return kept[:count]
+
+
+def _nms_cuda(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """`nms` on a GPU; waits for it once, at the end, for the number of boxes that are left."""
+    n, module, stream = boxes.shape[0], native.module(), native.cuda_stream(boxes)
+    keys = torch.empty(n, dtype=torch.int64, device=boxes.device)
+    module.nms_keys_cuda(keys, scores.contiguous(), stream)
+    keys = keys.sort().values
+    kept, count, workspace = (keys.new_empty(size) for size in (n, 1, module.nms_workspace(n)))
+    module.nms_cuda(kept, count, workspace, keys, boxes.contiguous(), iou_threshold, stream)
+    return kept[: int(count)]
 
 
 def _nms_fake(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, backend: str) -> torch.Tensor:

@@ -117,6 +117,43 @@ def test_degenerate_boxes_follow_the_formula(backend, name, threshold):
     assert nms(boxes, scores, threshold, backend=backend).tolist() == nms_by_the_rule(boxes, scores, threshold)
 
 
+def test_gpu_equals_the_rule(gpu, poisoned_memory):
+    for threshold in (0.0, 0.5, 0.7, 1.0, -0.5, 1e-50, -1e-50):
+        for n in (0, 1, 2, 63, 64, 65, 257):
+            boxes, scores = random_boxes(n, seed=n)
+            kept = nms(boxes.to(gpu), scores.to(gpu), threshold, backend="native")
+            assert kept.dtype == torch.int64 and kept.device.type == gpu.type
+            assert kept.tolist() == nms_by_the_rule(boxes, scores, threshold), (n, threshold)
+        for name, corners in DEGENERATE.items():
+            boxes = torch.tensor(corners, dtype=torch.float32)
+            scores = torch.linspace(1, 0, len(boxes))
+            kept = nms(boxes.to(gpu), scores.to(gpu), threshold, backend="native")
+            assert kept.tolist() == nms_by_the_rule(boxes, scores, threshold), (name, threshold)
+
+
+def test_gpu_orders_scores_as_the_cpu_does(gpu):
+    scores = torch.tensor([NAN, 0.0, 1.0, -0.0, -INF, 1.0, NAN, INF, 1e-42, -1e-42, 3e38, -3e38])
+    apart = torch.arange(float(len(scores)))[:, None] * 10 + torch.tensor([0.0, 0.0, 5.0, 5.0])
+    kept = nms(apart.to(gpu), scores.to(gpu), 0.5, backend="native")
+    assert kept.tolist() == [7, 10, 2, 5, 8, 1, 3, 9, 11, 4, 0, 6]
+
+
+@pytest.mark.parametrize(("n", "side"), [(3072, 600.0), (4096, 30.0), (5000, 60.0)])
+def test_gpu_takes_many_boxes(gpu, n, side):
+    """Up to 4096 boxes are one chunk; 5000 are five."""
+    boxes, scores = random_boxes(n, extent=1000.0, side=side)
+    boxes, scores = boxes.round(), (scores * 500).round() / 500
+    kept = nms(boxes.to(gpu), scores.to(gpu), 0.3, backend="native").cpu()
+    assert n / 50 < len(kept) < n
+    assert kept.tolist() == nms_by_the_rule(boxes, scores, 0.3)
+
+
+def test_gpu_strided_boxes(gpu):
+    boxes, scores = random_boxes(200)
+    kept = nms(boxes.to(gpu).T.contiguous().T[::2], scores.to(gpu)[::2], 0.3, backend="native")
+    assert kept.tolist() == nms_by_the_rule(boxes[::2], scores[::2], 0.3)
+
+
 @given(
     boxes=st.lists(st.tuples(*[st.integers(-2, 6)] * 4, st.sampled_from([0.0, 0.25, 0.5, NAN, -INF])), max_size=30),
     threshold=st.sampled_from([-1.0, 0.0, 0.1, 1 / 3, 0.5, 1.0]),
