@@ -17,14 +17,15 @@ from sam_fast import native
 OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "packed_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
-    "nms": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "nms": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rel_pos_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
     "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
-    "two_way_attention": {"cpu": ("native", "torch"), "cuda": ("torch",)},
-    "upscale_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "quantise": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
+    "two_way_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
+    "upscale_masks": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
     "resize": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
 }
 BACKENDS = ("native", "triton", "torch")
