@@ -16,6 +16,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from sam_fast.ops.backend import OPERATIONS
+
 ROOT = Path(__file__).resolve().parent.parent
 # What any Linux with g++'s runtime libraries has; nothing of torch, CUDA or OpenCV.
 SYSTEM_LIBRARIES = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libgomp.so.1"}
@@ -166,7 +168,8 @@ def test_installed_command_reports_a_sound_installation(environment: Path) -> No
     report = json.loads(run(environment / "bin" / "sam-fast", "doctor", "--json", cwd=environment))
     assert report["problems"] == []
     assert report["native"]["available"]
-    assert {row["cpu"]["backend"] for row in report["operations"].values()} == {"native"}
+    preferred = {operation: row["cpu"][0] for operation, row in OPERATIONS.items()}
+    assert {operation: row["cpu"]["backend"] for operation, row in report["operations"].items()} == preferred
 
 
 def test_import_loads_nothing_it_does_not_need(environment: Path) -> None:
