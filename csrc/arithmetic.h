@@ -142,5 +142,31 @@ SAM_FAST_HD inline uint32_t score_rank(float score) {
   return raw & 0x80000000u ? raw : 0x7fffffffu - raw;
 }
 
+// ---- COCO's string of run lengths: numbers in characters of five bits each, the lowest first.
+
+// Whether the five bits `digit` do not yet say all of a number of which `rest` is what remains above them: the sign
+// of the last digit (bit 4) is extended on reading.
+SAM_FAST_HD inline bool has_more(int64_t digit, int64_t rest) { return (digit & 0x10) != 0 ? rest != -1 : rest != 0; }
+
+// How many characters a number takes.
+SAM_FAST_HD inline int32_t count_characters(int64_t value) {
+  for (int32_t length = 1;; ++length) {
+    const int64_t digit = value & 0x1f;
+    value >>= 5;
+    if (!has_more(digit, value)) return length;
+  }
+}
+
+// Writes a number and returns where the next one goes.
+SAM_FAST_HD inline uint8_t* write_characters(uint8_t* out, int64_t value) {
+  for (bool more = true; more;) {
+    const int64_t digit = value & 0x1f;
+    value >>= 5;
+    more = has_more(digit, value);
+    *out++ = static_cast<uint8_t>(48 + digit + (more ? 0x20 : 0));
+  }
+  return out;
+}
+
 }  // namespace
 }  // namespace sam_fast

@@ -84,6 +84,63 @@ void bind_nms(py::module_& m) {
   });
 }
 
+int64_t* offsets_of(const TensorView& offsets, int64_t n) {
+  if (offsets.numel() != n + 1) throw std::invalid_argument("offsets must have one entry more than there are masks");
+  return offsets.cuda<int64_t>({n + 1});
+}
+
+void bind_rle(py::module_& m) {
+  m.def("rle_offsets_cuda", [](py::handle offsets_, py::handle columns_, py::handle bits_, int64_t width,
+                               int64_t canvas_height, int64_t canvas_width, int64_t x0, int64_t y0,
+                               std::uintptr_t stream) {
+    const TensorView offsets = view(offsets_, "offsets"), columns = view(columns_, "columns"),
+                     bits = view(bits_, "bits");
+    const DeviceGuard guard(TensorView::cuda_device({&bits, &offsets, &columns}));
+    const uint8_t* in = cuda_bits(bits, {-1, -1, row_bytes(width)});
+    const Placement place = checked_placement(bits, width, canvas_height, canvas_width, x0, y0);
+    const int64_t n = bits.size(0);
+    rle_offsets_cuda(offsets_of(offsets, n), columns.cuda<int64_t>({n, width + 1}), in, n, place, stream_of(stream));
+  });
+  m.def("rle_ends_cuda",
+        [](py::handle ends_, py::handle offsets_, py::handle columns_, py::handle bits_, int64_t width,
+           int64_t canvas_height, int64_t canvas_width, int64_t x0, int64_t y0, std::uintptr_t stream) {
+          const TensorView ends = view(ends_, "ends"), offsets = view(offsets_, "offsets"),
+                           columns = view(columns_, "columns"), bits = view(bits_, "bits");
+          const DeviceGuard guard(TensorView::cuda_device({&bits, &ends, &offsets, &columns}));
+          const uint8_t* in = cuda_bits(bits, {-1, -1, row_bytes(width)});
+          const Placement place = checked_placement(bits, width, canvas_height, canvas_width, x0, y0);
+          const int64_t n = bits.size(0);
+          rle_ends_cuda(ends.cuda<int64_t>({-1}), ends.size(0), offsets_of(offsets, n),
+                        columns.cuda<int64_t>({n, width + 1}), in, n, place, stream_of(stream));
+        });
+  // From here on the offsets' values are trusted: they are on the GPU, and the Python operation made or checked them.
+  m.def("rle_counts_cuda", [](py::handle counts_, py::handle ends_, py::handle offsets_, std::uintptr_t stream) {
+    const TensorView counts = view(counts_, "counts"), ends = view(ends_, "ends"), offsets = view(offsets_, "offsets");
+    const DeviceGuard guard(TensorView::cuda_device({&ends, &counts, &offsets}));
+    const int64_t* in = ends.cuda<int64_t>({-1});
+    rle_counts_cuda(counts.cuda<int64_t>({ends.size(0)}), in, offsets.cuda<int64_t>({-1}), offsets.size(0) - 1,
+                    stream_of(stream));
+  });
+  m.def("rle_strings_cuda", [](py::handle arena_, py::handle ends_, py::handle offsets_, std::uintptr_t stream) {
+    const TensorView arena = view(arena_, "arena"), ends = view(ends_, "ends"), offsets = view(offsets_, "offsets");
+    const DeviceGuard guard(TensorView::cuda_device({&ends, &arena, &offsets}));
+    const int64_t* starts = offsets.cuda<int64_t>({-1});
+    int64_t* out = arena.cuda<int64_t>({-1});
+    const int64_t n = offsets.size(0) - 1, head = n + 2;
+    if (n < 0 || arena.size(0) < head) throw std::invalid_argument("arena is too small for the offsets of its strings");
+    rle_strings_cuda(out, 8 * (arena.size(0) - head), ends.cuda<int64_t>({-1}), ends.size(0), starts, n,
+                     stream_of(stream));
+  });
+  m.def("rle_decode_cuda", [](py::handle bits_, py::handle sums_, py::handle offsets_, int64_t width,
+                              std::uintptr_t stream) {
+    const TensorView bits = view(bits_, "bits"), sums = view(sums_, "sums"), offsets = view(offsets_, "offsets");
+    const DeviceGuard guard(TensorView::cuda_device({&sums, &bits, &offsets}));
+    uint8_t* out = cuda_bits(bits, {-1, -1, row_bytes(width)});
+    const int64_t n = bits.size(0);
+    rle_decode_cuda(out, sums.cuda<int64_t>({-1}), offsets_of(offsets, n), n, bits.size(1), width, stream_of(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -91,6 +148,7 @@ void bind_cuda(py::module_& m) {
   m.attr("mask_workspace") = kMaskWorkspace;
   bind_postprocess_masks(m);
   bind_nms(m);
+  bind_rle(m);
 }
 
 }  // namespace sam_fast

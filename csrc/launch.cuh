@@ -36,5 +36,27 @@ namespace {
 
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
 
+// The sum of `value` over the threads before this one, and in `total` over all; every thread of the block calls it.
+template <int kThreads>
+__device__ int64_t scan_block(int64_t value, int64_t* total) {
+  __shared__ int64_t sums[kThreads / kWarp];
+  const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / kWarp;
+  int64_t sum = value;
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int64_t before = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += before;
+  }
+  __syncthreads();  // the sums of the call before were read
+  if (lane == kWarp - 1) sums[warp] = sum;
+  __syncthreads();
+  int64_t earlier = 0, all = 0;
+  for (int i = 0; i < kThreads / kWarp; ++i) {
+    if (i == warp) earlier = all;
+    all += sums[i];
+  }
+  *total = all;
+  return earlier + sum - value;
+}
+
 }  // namespace
 }  // namespace sam_fast

@@ -6,13 +6,15 @@
 #include <cstdint>
 #include <cstring>
 
+#include "arithmetic.h"
+
 namespace sam_fast {
 
-inline int64_t row_words(int64_t width) { return (width + 63) / 64; }
-inline int64_t row_bytes(int64_t width) { return 8 * row_words(width); }
+SAM_FAST_HD inline int64_t row_words(int64_t width) { return (width + 63) / 64; }
+SAM_FAST_HD inline int64_t row_bytes(int64_t width) { return 8 * row_words(width); }
 
 // The bits of the last word of a row that are pixels.
-inline uint64_t last_word_mask(int64_t width) {
+SAM_FAST_HD inline uint64_t last_word_mask(int64_t width) {
   return width % 64 == 0 ? ~uint64_t{0} : (uint64_t{1} << (width % 64)) - 1;
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "arithmetic.h"
 #include "packed_masks.h"
 
 namespace sam_fast {
@@ -128,10 +129,6 @@ constexpr int64_t kParallelCounts = 1 << 16;
 // What COCO's string stores for count i: the difference to the count of the same colour before it, from the 4th on.
 inline int64_t stored_value(const int64_t* counts, int64_t i) { return i > 2 ? counts[i] - counts[i - 2] : counts[i]; }
 
-// Whether the five bits `digit` do not yet say all of a number of which `rest` is what remains above them: the sign
-// of the last digit (bit 4) is extended on reading.
-inline bool has_more(int64_t digit, int64_t rest) { return (digit & 0x10) != 0 ? rest != -1 : rest != 0; }
-
 }  // namespace
 
 void rle_offsets(int64_t* offsets, const uint8_t* bits, int64_t n, const Placement& place, int num_threads) {
@@ -186,14 +183,7 @@ void rle_compressed_offsets(int64_t* string_offsets, const int64_t* counts, cons
   for (int64_t m = 0; m < n; ++m) {
     const int64_t* mine = counts + offsets[m];
     int64_t length = 0;
-    for (int64_t i = 0; i < offsets[m + 1] - offsets[m]; ++i) {
-      int64_t rest = stored_value(mine, i), digit;
-      do {
-        digit = rest & 0x1f;
-        rest >>= 5;
-        ++length;
-      } while (has_more(digit, rest));
-    }
+    for (int64_t i = 0; i < offsets[m + 1] - offsets[m]; ++i) length += count_characters(stored_value(mine, i));
     string_offsets[m + 1] = string_offsets[m] + length;
   }
 }
@@ -204,15 +194,7 @@ void rle_compress(uint8_t* text, const int64_t* string_offsets, const int64_t* c
   for (int64_t m = 0; m < n; ++m) {
     const int64_t* mine = counts + offsets[m];
     uint8_t* out = text + string_offsets[m];
-    for (int64_t i = 0; i < offsets[m + 1] - offsets[m]; ++i) {
-      int64_t rest = stored_value(mine, i);
-      for (bool more = true; more;) {
-        const int64_t digit = rest & 0x1f;
-        rest >>= 5;
-        more = has_more(digit, rest);
-        *out++ = static_cast<uint8_t>(48 + digit + (more ? 0x20 : 0));
-      }
-    }
+    for (int64_t i = 0; i < offsets[m + 1] - offsets[m]; ++i) out = write_characters(out, stored_value(mine, i));
   }
 }
 

@@ -18,7 +18,7 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "packed_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "nms": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
-    "rle": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "rle": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rel_pos_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},

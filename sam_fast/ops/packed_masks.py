@@ -44,6 +44,12 @@ def check_bits(bits: torch.Tensor, width: int, ndim: int | None = None) -> None:
         )
 
 
+def aligned(bits: torch.Tensor) -> torch.Tensor:
+    """Packed masks as CUDA kernels read them: contiguous, from an address that is a multiple of 8."""
+    bits = bits.contiguous()
+    return bits if bits.data_ptr() % 8 == 0 else bits.clone()
+
+
 def pack_masks(masks: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Pack boolean masks into bits.
 

@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
-from sam_fast.ops.packed_masks import check_bits, pack_masks_reference, row_bytes, unpack_masks_reference
+from sam_fast.ops.packed_masks import aligned, check_bits, pack_masks_reference, row_bytes, unpack_masks_reference
 from sam_fast.ops.rle_string import compress_runs, decompress_runs
 
 Rle = dict[str, Any]
+
+_SPARE_RUNS = 64  # of a mask, over two to a column
 
 
 def encode_rle(
@@ -66,9 +69,12 @@ def encode_coco_rle(
     backend: str = "auto",
 ) -> list[Rle]:
     """Like `encode_rle` with "counts" as COCO's compressed string, without the detour over Python integers."""
-    counts, offsets = encode_runs(bits, width, canvas_size=canvas_size, offset=offset, backend=backend)
-    size = canvas_size if canvas_size is not None else (bits.shape[1], width)
-    strings = compress_runs(counts.cpu(), offsets.cpu(), backend=backend)
+    size = _check_placement(bits, width, canvas_size, offset)
+    if native.uses_cuda(bits) and choose_backend("rle", backend, bits) == "native":
+        strings = _encode_strings_cuda(bits, (width, *size, *offset))
+    else:
+        counts, offsets = encode_runs(bits, width, canvas_size=size, offset=offset, backend=backend)
+        strings = compress_runs(counts, offsets, backend=backend)
     return [{"size": [int(size[0]), int(size[1])], "counts": string} for string in strings]
 
 
@@ -155,15 +161,8 @@ def encode_runs(
         counts: [R] int64, the run lengths of all masks.
         offsets: [N+1] int64, where each mask's counts begin and end.
     """
-    check_bits(bits, width, ndim=3)
-    height = bits.shape[1]
-    canvas_height, canvas_width = canvas_size if canvas_size is not None else (height, width)
+    canvas_height, canvas_width = _check_placement(bits, width, canvas_size, offset)
     x0, y0 = offset
-    if not (0 <= x0 <= canvas_width - width and 0 <= y0 <= canvas_height - height):
-        raise ValueError(
-            f"a mask of {height} x {width} pixels at offset (x, y) = ({x0}, {y0}) "
-            f"is not inside a canvas of {canvas_height} x {canvas_width}"
-        )
     if torch.compiler.is_compiling():
         return torch.ops.sam_fast.encode_rle(bits, width, canvas_height, canvas_width, x0, y0, backend)
     return _encode_rle(bits, width, canvas_height, canvas_width, x0, y0, backend)
@@ -230,6 +229,22 @@ def decode_runs_reference(counts: torch.Tensor, offsets: torch.Tensor, size: tup
     return pack_masks_reference(masks)
 
 
+def _check_placement(
+    bits: torch.Tensor, width: int, canvas_size: tuple[int, int] | None, offset: tuple[int, int]
+) -> tuple[int, int]:
+    """Check the arguments of an encoder; return (height, width) of the canvas."""
+    check_bits(bits, width, ndim=3)
+    height = bits.shape[1]
+    canvas_height, canvas_width = canvas_size if canvas_size is not None else (height, width)
+    x0, y0 = offset
+    if not (0 <= x0 <= canvas_width - width and 0 <= y0 <= canvas_height - height):
+        raise ValueError(
+            f"a mask of {height} x {width} pixels at offset (x, y) = ({x0}, {y0}) "
+            f"is not inside a canvas of {canvas_height} x {canvas_width}"
+        )
+    return canvas_height, canvas_width
+
+
 def _counts_tensor(counts: Any, backend: str) -> torch.Tensor:
     """Counts of any accepted form as int64 [R] on the CPU."""
     if isinstance(counts, str | bytes):
@@ -270,13 +285,60 @@ def _encode_rle(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if choose_backend("rle", backend, bits) == "torch":
         return encode_runs_reference(bits, width, (canvas_height, canvas_width), (x0, y0))
-    bits = bits.contiguous()
     placement = (width, canvas_height, canvas_width, x0, y0)
+    if native.uses_cuda(bits):
+        return _encode_rle_cuda(bits, placement)
+    bits = bits.contiguous()
     offsets = torch.empty(bits.shape[0] + 1, dtype=torch.int64)
     native.module().rle_offsets(offsets, bits, *placement, native.num_threads())
     counts = torch.empty(int(offsets[-1]), dtype=torch.int64)
     native.module().rle_encode(counts, offsets, bits, *placement, native.num_threads())
     return counts, offsets
+
+
+def _encode_rle_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`encode_runs` on a GPU; waits for it once, for the number of runs."""
+    bits = aligned(bits)
+    module, stream = native.module(), native.cuda_stream(bits)
+    offsets, columns = _code_offsets_cuda(bits, placement)
+    ends = torch.empty(int(offsets[-1]), dtype=torch.int64, device=bits.device)
+    counts = torch.empty_like(ends)
+    module.rle_ends_cuda(ends, offsets, columns, bits, *placement, stream)
+    module.rle_counts_cuda(counts, ends, offsets, stream)
+    return counts, offsets
+
+
+def _code_offsets_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the codes of each mask begin [N+1], and within them those of each column [N, W+1]."""
+    n, width = bits.shape[0], placement[0]
+    offsets = torch.empty(n + 1, dtype=torch.int64, device=bits.device)
+    columns = torch.empty((n, width + 1), dtype=torch.int64, device=bits.device)
+    native.module().rle_offsets_cuda(offsets, columns, bits, *placement, native.cuda_stream(bits))
+    return offsets, columns
+
+
+def _encode_strings_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> list[str]:
+    """COCO's strings of masks on a GPU, copied to the host once, in memory that is larger than most masks need.
+
+    Most runs are two to a column at most, of two characters or fewer; where that does not do, it is tried again with
+    what the first try found necessary.
+    """
+    bits = aligned(bits)
+    n, module, stream = bits.shape[0], native.module(), native.cuda_stream(bits)
+    offsets, columns = _code_offsets_cuda(bits, placement)
+    runs = text = n * (2 * placement[0] + _SPARE_RUNS)
+    while True:
+        ends = torch.empty(runs, dtype=torch.int64, device=bits.device)
+        arena = torch.empty(n + 2 + (text + 7) // 8, dtype=torch.int64, device=bits.device)
+        module.rle_ends_cuda(ends, offsets, columns, bits, *placement, stream)
+        module.rle_strings_cuda(arena, ends, offsets, stream)
+        host = arena.cpu()
+        needed_runs, *string_ends = host[: n + 2].tolist()
+        if needed_runs <= runs and string_ends[-1] <= text:
+            break
+        runs, text = max(runs, needed_runs), max(text, 2 * needed_runs, string_ends[-1])
+    joined = host[n + 2 :].view(torch.uint8)[: string_ends[-1]].numpy().tobytes().decode("ascii")
+    return [joined[begin:end] for begin, end in itertools.pairwise(string_ends)]
 
 
 def _encode_rle_fake(
@@ -290,11 +352,30 @@ def _decode_rle(counts: torch.Tensor, offsets: torch.Tensor, height: int, width:
     if choose_backend("rle", backend, counts, offsets) == "torch":
         _check_runs(counts, offsets, height, width)
         return decode_runs_reference(counts, offsets, (height, width))
+    if native.uses_cuda(counts):
+        return _decode_rle_cuda(counts, offsets, height, width)
     counts, offsets = counts.contiguous(), offsets.contiguous()
     bits = torch.empty((offsets.shape[0] - 1, height, row_bytes(width)), dtype=torch.uint8)
     bad = native.module().rle_decode(bits, counts, offsets, width, native.num_threads())
     if bad >= 0:
         raise ValueError(_bad_counts(bad, counts[offsets[bad] : offsets[bad + 1]], height, width))
+    return bits
+
+
+def _decode_rle_cuda(counts: torch.Tensor, offsets: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """`decode_runs` on a GPU; waits for it once, to learn whether the counts are those of masks."""
+    pixels = height * width
+    inside = offsets.clamp(0, len(counts))
+    bounded = counts.clamp(0, pixels)  # so that sums do not overflow
+    sums = F.pad(bounded.cumsum(0), (1, 0))
+    position = torch.arange(len(counts), device=counts.device)
+    outside = (position < inside[0]) | (position >= inside[-1])
+    good = (inside == offsets).all() & (offsets.diff() >= 0).all() & ((bounded == counts) | outside).all()
+    if not bool(good & (sums[inside].diff() == pixels).all()):
+        _check_runs(counts.cpu(), offsets.cpu(), height, width)  # raises, and says what is wrong
+        raise AssertionError("counts are those of masks on the CPU, but not on the GPU")
+    bits = torch.empty((offsets.shape[0] - 1, height, row_bytes(width)), dtype=torch.uint8, device=counts.device)
+    native.module().rle_decode_cuda(bits, sums, offsets.contiguous(), width, native.cuda_stream(counts))
     return bits
 
 

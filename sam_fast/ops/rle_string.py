@@ -24,7 +24,10 @@ def compress_runs(counts: torch.Tensor, offsets: torch.Tensor, *, backend: str =
         counts: [R] int64, not negative.
         offsets: [N+1] int64, ascending.
         backend: "native", "torch" or "auto".
+
+    Strings are made on the CPU: tensors on a GPU are copied.
     """
+    counts, offsets = counts.cpu(), offsets.cpu()
     if choose_backend("rle", backend, counts, offsets) == "torch":
         ends = offsets.tolist()
         return [compress_reference(counts[b:e].tolist()) for b, e in itertools.pairwise(ends)]

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from pycocotools import mask as coco
 
+from sam_fast import native
 from sam_fast.ops import rle, rle_string
-from sam_fast.ops.packed_masks import pack_masks, unpack_masks
+from sam_fast.ops.packed_masks import pack_masks, row_bytes, unpack_masks
 from sam_fast.ops.rle import (
     compress_counts,
     decode_rle,
@@ -126,6 +127,105 @@ def test_mask_placed_in_a_canvas(backend, canvas_size, offset, density, width):
     assert encode_coco_rle(bits, width, canvas_size=canvas_size, offset=offset, backend=backend) == [
         {"size": code["size"], "counts": code["counts"].decode()} for code in coco_codes(canvas)
     ]
+
+
+# ---- CUDA.
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[:-2], (2, 70, 191), (1, 2, 2049), (40, 9, 33)], ids=str)
+def test_gpu_codes_are_those_of_the_definition(gpu, shape, poisoned_memory):
+    for density in (0.0, 0.02, 0.5, 1.0):
+        masks = random_masks(*shape, density)
+        bits = pack_masks(masks, backend="torch")
+        codes = encode_rle(bits.to(gpu), shape[2], backend="native")
+        assert [code["counts"] for code in codes] == [counts_by_definition(mask) for mask in masks]
+        strings = encode_coco_rle(bits.to(gpu), shape[2], backend="native")
+        assert [code["counts"].encode() for code in strings] == [code["counts"] for code in coco_codes(masks)]
+        counts, offsets = encode_runs(bits.to(gpu), shape[2], backend="native")
+        assert counts.device.type == offsets.device.type == gpu.type
+        assert torch.equal(decode_runs(counts, offsets, shape[1:], backend="native").cpu(), bits)
+
+
+def test_gpu_masks_placed_in_a_canvas(gpu):
+    for canvas_size, offset in PLACEMENTS:
+        for width, density in ((31, 0.3), (64, 0.3), (64, 1.0), (66, 0.3), (66, 1.0)):
+            masks = random_masks(3, 6, width, density)
+            x0, y0 = offset
+            canvas = torch.zeros(3, canvas_size[0], canvas_size[1] - 66 + width, dtype=torch.bool)
+            canvas[:, y0 : y0 + 6, x0 : x0 + width] = masks
+            bits = pack_masks(masks, backend="torch").to(gpu)
+            place = {"canvas_size": tuple(canvas.shape[1:]), "offset": offset}
+            codes = encode_rle(bits, width, **place, backend="native")
+            assert [code["counts"] for code in codes] == [counts_by_definition(mask) for mask in canvas]
+            strings = encode_coco_rle(bits, width, **place, backend="native")
+            assert [code["counts"].encode() for code in strings] == [code["counts"] for code in coco_codes(canvas)]
+
+
+def test_gpu_tries_again_with_more_memory(gpu, monkeypatch):
+    class CountedModule:
+        rounds, module = 0, native.module()
+
+        def __getattr__(self, name):
+            self.rounds += name == "rle_strings_cuda"
+            return getattr(self.module, name)
+
+    noise = random_masks(2, 100, 40)  # about 2000 runs each, of one character
+    sparse = random_masks(2, 20000, 3, 0.002)  # about 240 runs each, of two or three characters
+    for masks, spare, rounds in ((noise, 0, 2), (sparse, 250, 2), (sparse, 2000, 1)):
+        counted = CountedModule()
+        monkeypatch.setattr(native, "module", lambda counted=counted: counted)
+        monkeypatch.setattr(rle, "_SPARE_RUNS", spare)
+        codes = encode_coco_rle(pack_masks(masks, backend="torch").to(gpu), masks.shape[2], backend="native")
+        assert [code["counts"].encode() for code in codes] == [code["counts"] for code in coco_codes(masks)]
+        assert counted.rounds == rounds
+
+
+def test_gpu_edges(gpu):
+    for height, width in [(5, 9), (0, 9), (5, 0), (0, 0)]:
+        bits = torch.empty(0, height, row_bytes(width), dtype=torch.uint8, device=gpu)
+        assert encode_rle(bits, width, backend="native") == encode_coco_rle(bits, width, backend="native") == []
+    for height, width in [(0, 9), (5, 0)]:
+        bits = torch.empty(2, height, row_bytes(width), dtype=torch.uint8, device=gpu)
+        assert encode_rle(bits, width, backend="native") == [{"size": [height, width], "counts": [0]}] * 2
+        placed = encode_coco_rle(bits, width, canvas_size=(6, 10), offset=(1, 1), backend="native")
+        assert placed == [{"size": [6, 10], "counts": compress_counts([60], backend="torch")}] * 2
+        back = decode_runs(*encode_runs(bits, width, backend="native"), (height, width), backend="native")
+        assert back.shape == bits.shape
+    huge = torch.zeros(1, 4, 8, dtype=torch.uint8)
+    huge[0, :, 0] = 1
+    place = {"canvas_size": (70_000, 70_000), "offset": (69_990, 69_000)}
+    expected = [69_990 * 70_000 + 69_000, 4, 9 * 70_000 + 996]
+    assert encode_rle(huge.to(gpu), 3, **place, backend="native")[0]["counts"] == expected
+    text = encode_coco_rle(huge.to(gpu), 3, **place, backend="native")[0]["counts"]
+    assert decompress_counts(text, backend="torch") == expected
+
+
+def test_gpu_dirty_padding_and_odd_addresses(gpu):
+    masks = random_masks(4, 12, 67)
+    bits = pack_masks(masks, backend="torch")
+    expected = encode_rle(bits, 67, backend="torch")
+    bits[..., 9:] = 0xFF
+    bits[..., 8] |= 0xF8
+    odd = torch.empty(bits.numel() + 1, dtype=torch.uint8, device=gpu)[1:].view_as(bits).copy_(bits)
+    assert encode_rle(odd, 67, backend="native") == expected
+    assert encode_rle(odd[::2, ::3], 67, backend="native") == encode_rle(bits[::2, ::3], 67, backend="torch")
+
+
+def test_gpu_refuses_counts_that_are_no_masks(gpu):
+    for counts in ([3], [5], [], [-1, 5], [2**63 - 1, 2**63 - 1, 6], [1, -1, 4]):
+        runs = torch.tensor([1, 3, *counts, 1, 3], device=gpu)
+        offsets = torch.tensor([0, 2, 2 + len(counts), 4 + len(counts)], device=gpu)
+        with pytest.raises(ValueError, match=r"mask 1 add up to .* has 4 pixels"):
+            decode_runs(runs, offsets, (2, 2), backend="native")
+    for bad in ([0, 2], [-1, 1], [0, 1, 0]):
+        with pytest.raises(ValueError, match="offsets must ascend"):
+            decode_runs(torch.tensor([4], device=gpu), torch.tensor(bad, device=gpu), (2, 2), backend="native")
+    partial = decode_runs(torch.tensor([-7, 4, -9], device=gpu), torch.tensor([1, 2], device=gpu), (2, 2))
+    assert not partial.any()
+    zeros = torch.tensor([0, 2, 0, 2, 0, 1, 3, 0, 2, 2, 0], device=gpu)
+    bits = decode_runs(zeros, torch.tensor([0, 11], device=gpu), (4, 3), backend="native").cpu()
+    expected = torch.tensor([1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool).view(3, 4).T
+    assert torch.equal(unpack_masks(bits, 3, backend="torch")[0], expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
