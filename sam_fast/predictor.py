@@ -43,8 +43,8 @@ class SamPredictor:
         """
         Args:
             sam_model: the model, on the device where it shall run.
-            precision: auto, fp32, bf16, fp16 or int8; auto is bf16 on CUDA devices that have it, fp32 elsewhere. See
-                `runtime.resolve_precision`.
+            precision: auto, fp32, bf16, fp16, fp8 or int8; auto is bf16 on CUDA devices that have it, fp32 elsewhere.
+                See `runtime.resolve_precision`.
             backend: implementation of the operations: auto, native or torch.
         """
         self.model = sam_model

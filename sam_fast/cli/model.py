@@ -19,6 +19,7 @@ class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    fp8 = "fp8"
     int8 = "int8"
 
 
@@ -42,7 +43,10 @@ Device = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option("--precision", help="Number format; auto is bf16 on GPUs that have it, else fp32; int8 is for CPUs."),
+    typer.Option(
+        "--precision",
+        help="Number format; auto is bf16 on GPUs that have it, else fp32; fp8 is for GPUs, int8 for CPUs.",
+    ),
 ]
 BackendOption = Annotated[
     Backend, typer.Option("--backend", help="Implementation of the operations; see `sam-fast doctor`.")

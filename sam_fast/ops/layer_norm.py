@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,7 +83,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, delta:
         raise ValueError(f"delta must be like x, {list(x.shape)} {x.dtype}, got {list(delta.shape)} {delta.dtype}")
 
 
-def _run(*arguments: Tensor | float | bool | str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     run = torch.ops.sam_fast.layer_norm if torch.compiler.is_compiling() else _layer_norm
     return run(*arguments)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
@@ -12,11 +13,14 @@ from torch import nn
 
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
 from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
+from sam_fast.modeling.image_encoder import ImageEncoderViT
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
+from sam_fast.runtime.graphs import Graphed
 from sam_fast.runtime.image_encoder import can_encode, encode, linears_of
 from sam_fast.runtime.linears import BlockLinears
+from sam_fast.runtime.packed_encoder import PackedEncoder, can_pack
 from sam_fast.runtime.plain import is_untouched, is_untouched_throughout
-from sam_fast.runtime.precision import resolve_precision
+from sam_fast.runtime.precision import format_beside, resolve_precision
 from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
@@ -26,6 +30,7 @@ _Made = TypeVar("_Made")
 # Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
 # in use at a time: on a CPU more prompts leave the cache and are slower each.
 _MOST_PROMPTS_AT_ONCE = 4
+_PACKS_ON = {"cuda"}  # device types whose encoder is `PackedEncoder`
 
 
 class Prompts(NamedTuple):
@@ -68,8 +73,9 @@ class InferenceRuntime:
         """
         Args:
             model: the Sam to run; its weights are read at every call, so they may change in between.
-            precision: auto, fp32, bf16, fp16 or int8 (see `resolve_precision`). A model that was converted (`half()`,
-                `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is narrower.
+            precision: auto, fp32, bf16, fp16, fp8 or int8 (see `resolve_precision`). A model that was converted
+                (`half()`, `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is
+                narrower.
             backend: which implementation of the operations runs: auto, native or torch. With native, the model's own
                 operations are native where they can be, that is for float32 on a CPU.
 
@@ -96,7 +102,7 @@ class InferenceRuntime:
 
     def _autocast(self) -> AbstractContextManager:
         """The number format of a stage that PyTorch's own layers run."""
-        dtype = resolve_precision(self.precision, self.model.device)
+        dtype = format_beside(resolve_precision(self.precision, self.model.device))
         weights = _weight_dtype(self.model.mask_decoder)
         if self.precision == "auto" and weights != torch.float32:
             return nullcontext()
@@ -153,22 +159,37 @@ class InferenceRuntime:
         """The image encoder's output, the cheapest way for these weights."""
         encoder = self.model.image_encoder
         dtype = resolve_precision(self.precision, self.model.device)
-        on_cpu = pixels.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if not on_cpu or pixels.dtype != torch.float32 or not can_encode(encoder):
-            if dtype == torch.int8:
-                raise RuntimeError(
-                    "precision 'int8' needs the plain image encoder with float32 weights, and no autocast"
-                )
-            with self._autocast():
-                return encoder(pixels)
+        device_type = pixels.device.type
+        if not torch.is_autocast_enabled(device_type) and can_encode(encoder):
+            if device_type in _PACKS_ON and self.backend != "torch" and can_pack(encoder):
+                if pixels.dtype == torch.float32:
+                    return self._packed(encoder, dtype)(pixels)
+                if pixels.dtype in (torch.bfloat16, torch.float16) and self.precision == "auto":
+                    return self._packed(encoder, pixels.dtype)(pixels)
+            elif device_type == "cpu" and pixels.dtype == torch.float32:
+                linears = None if dtype == torch.float32 else self._linears(encoder, dtype)
+                return encode(encoder, pixels, linears, backend=self._model_backend)
+        if format_beside(dtype) != dtype:
+            raise RuntimeError(
+                f"precision {self.precision!r} needs the plain image encoder with float32 weights, and no autocast"
+            )
+        with self._autocast():
+            return encoder(pixels)
 
+    def _packed(self, encoder: ImageEncoderViT, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The encoder for a GPU, with its graphs; made anew when a weight changes."""
+
+        def pack() -> Graphed:
+            packed = PackedEncoder(encoder, format_beside(dtype), e4m3=dtype == torch.float8_e4m3fn)
+            return Graphed(partial(packed, backend=self._model_backend))
+
+        return self._once(self._kept, "packed encoder", encoder, list(encoder.parameters()), pack)
+
+    def _linears(self, encoder: ImageEncoderViT, dtype: torch.dtype) -> list[BlockLinears]:
         def prepare() -> list[BlockLinears]:
             return linears_of(encoder, dtype)
 
-        linears = None
-        if dtype != torch.float32:
-            linears = self._once(self._kept, "linears", encoder, list(encoder.blocks.parameters()), prepare)
-        return encode(encoder, pixels, linears, backend=self._model_backend)
+        return self._once(self._kept, "linears", encoder, list(encoder.blocks.parameters()), prepare)
 
     def adopt(
         self, features: torch.Tensor, original_size: tuple[int, int], input_size: tuple[int, int]

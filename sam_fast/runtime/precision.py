@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import torch
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
+# What everything but the encoder's linear layers runs in.
+_BESIDE = {torch.float8_e4m3fn: torch.bfloat16, torch.int8: torch.float32}
 
 
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products for `precision` on `device`.
 
     `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere. On a CPU, bf16 and int8 are for the linear
-    layers of the image encoder's blocks, and everything else is float32; int8 is for CPUs only, fp16 for CUDA. Whatever
-    the precision, features, logits and scores are returned in float32.
+    layers of the image encoder's blocks, and everything else is float32; int8 is for CPUs only, fp16 for CUDA. fp8
+    (e4m3) is for GPUs of compute capability 8.9 and later, for linear layers of the image encoder's blocks, and
+    everything else is bfloat16. Whatever the precision, features, logits and scores are returned in float32.
 
     Raises:
         ValueError: `precision` is unknown.
@@ -22,12 +31,21 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bf16 else torch.float32
     if precision not in _DTYPES:
-        raise ValueError(f"precision must be auto, fp32, bf16, fp16 or int8, got {precision!r}")
+        raise ValueError(f"precision must be auto, {', '.join(_DTYPES)}, got {precision!r}")
     if precision == "fp16" and device.type != "cuda":
         raise RuntimeError(f"precision 'fp16' needs a CUDA device, the model is on {device}; use 'bf16' or 'fp32'")
     if precision == "int8" and device.type != "cpu":
         raise RuntimeError(f"precision 'int8' runs on CPUs, the model is on {device}; use 'auto'")
+    if precision == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        raise RuntimeError(
+            f"precision 'fp8' needs a GPU of compute capability 8.9, the model is on {device}; use 'auto'"
+        )
     return _DTYPES[precision]
+
+
+def format_beside(dtype: torch.dtype) -> torch.dtype:
+    """Where the encoder's linear layers have 8 bits, the format of everything else; else `dtype` itself."""
+    return _BESIDE.get(dtype, dtype)
 
 
 def advice_for_cpu() -> str:
