@@ -23,7 +23,10 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
-HEADS = 8  # of the native backend: the lanes of its vectors
+HEADS = 8  # of the native backend, the lanes of its vectors, and of Triton's
+_TRITON_CHANNELS = (32, 64, 128, 256)
+_TRITON_ROWS = 128  # that pixels take from: of 16 tokens
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Write(NamedTuple):
@@ -67,28 +70,26 @@ def two_way_attention(
         write: what pixels take from; None leaves the image as it is.
         absorbed_queries: q Wk / sqrt(d) by head, [N, C, R]; None if nobody reads.
         heads: h.
-        backend: "native", "torch" or "auto", which takes the native one for 8 heads of float32 and channels in eights.
+        backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton up to 16
+            tokens to take from, 32, 64, 128 or 256 channels, and float32 or half precision, which image, pe and all
+            that is multiplied with them share; both take 8 heads. What they do not take, auto leaves to PyTorch.
 
     Returns:
-        the image that was written [N, P, C], or `image` itself, and what was read, [N, R, C] or None.
+        the image that was written [N, P, C], or `image` itself, and what was read, [N, R, C] or None; both of the
+        image's type.
 
     Raises:
-        ValueError: shapes do not fit, or the native backend cannot take these.
+        ValueError: shapes do not fit, or the backend that was asked for cannot take these.
     """
     P, C = image.shape[1:]
-    tensors = [image, pe, *(x for x in write or () if isinstance(x, Tensor))]
-    if absorbed_queries is not None:
-        tensors.append(absorbed_queries)
     if P == 0:
         raise ValueError("an image must have pixels")
     if pe.shape != (P, C) or (absorbed_queries is not None and absorbed_queries.shape[1] != C):
         raise ValueError(f"pe must be [{P}, {C}] and absorbed_queries [N, {C}, R]")
-    fits = heads == HEADS and C % HEADS == 0 and all(x.dtype == torch.float32 for x in tensors)
-    if backend == "native" and not fits:
-        raise ValueError(f"the native two_way_attention takes {HEADS} heads, channels in eights, and float32")
     if write is None and absorbed_queries is None:
         return image, None
-    arguments = image, pe, *(write or _NO_WRITE), absorbed_queries, heads, backend if fits else "torch"
+    backend = _possible_backend(backend, image, pe, write, absorbed_queries, heads)
+    arguments = image, pe, *(write or _NO_WRITE), absorbed_queries, heads, backend
     if torch.compiler.is_compiling():
         written, read = torch.ops.sam_fast.two_way_attention(*arguments)
     else:
@@ -99,7 +100,9 @@ def two_way_attention(
 def two_way_attention_reference(
     image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor | None]:
-    """`two_way_attention` in PyTorch."""
+    """`two_way_attention` in PyTorch, float32 inside."""
+    dtype = image.dtype
+    image, pe, write, absorbed_queries = _widened(image, pe, write, absorbed_queries)
     if write is not None:
         if write.queries is None:
             assert write.absorbed_keys is not None and write.constant is not None
@@ -111,9 +114,48 @@ def two_way_attention_reference(
         written = image + torch.baddbmm(write.bias, shares, write.offered)
         image = F.layer_norm(written, write.bias.shape, write.norm_weight, write.norm_bias, write.eps)
     if absorbed_queries is None:
-        return image, None
+        return image.to(dtype), None
+    image = image.to(dtype).to(image.dtype)  # tokens read what was stored
     scores = absorbed_queries.transpose(1, 2) @ (image + pe).transpose(1, 2)  # [N, R, P]
-    return image, scores.softmax(2) @ image
+    return image.to(dtype), (scores.softmax(2) @ image).to(dtype)
+
+
+def _possible_backend(
+    backend: str, image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None, heads: int
+) -> str:
+    """`backend`, or torch instead of auto where the one that auto would take cannot take these."""
+    C = image.shape[2]
+    factors = [image, pe, absorbed_queries]
+    if write is not None:
+        factors += [write.offered, write.absorbed_keys, write.queries, write.keys]
+    dtypes = {x.dtype for x in factors if x is not None}
+    others = {x.dtype for x in write or () if isinstance(x, Tensor)}
+    native_fits = heads == HEADS and C % HEADS == 0 and dtypes | others == {torch.float32}
+    triton_fits = heads == HEADS and C in _TRITON_CHANNELS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
+    if write is not None:
+        width = 128 if write.queries is None else write.queries[0].numel()
+        triton_fits &= write.offered.shape[1] <= _TRITON_ROWS and width in _TRITON_CHANNELS
+    if backend == "native" and not native_fits:
+        raise ValueError(f"the native two_way_attention takes {HEADS} heads, channels in eights, and float32")
+    if backend == "triton" and not triton_fits:
+        raise ValueError(
+            f"the triton two_way_attention takes {HEADS} heads, {_TRITON_CHANNELS} channels, {_TRITON_ROWS // HEADS} "
+            f"tokens and one of float32, bfloat16, float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
+        )
+    fits = triton_fits if image.is_cuda else native_fits
+    return "torch" if backend == "auto" and not fits else backend
+
+
+def _widened(
+    image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None
+) -> tuple[Tensor, Tensor, Write | None, Tensor | None]:
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if write is not None:
+        parts: list[Any] = [x.to(dtype) if isinstance(x, Tensor) else x for x in write]
+        write = Write(*parts)
+    if absorbed_queries is not None:
+        absorbed_queries = absorbed_queries.to(dtype)
+    return image.to(dtype), pe.to(dtype), write, absorbed_queries
 
 
 def _for_all(image: Tensor, write: Write) -> Tensor:
@@ -130,9 +172,13 @@ def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, T
     write = None if parts[0] is None else Write(*parts)
     tensors = [x for x in (image, pe, *parts, absorbed_queries) if isinstance(x, Tensor)]
     written, read = _two_way_attention_fake(image, pe, *rest)
-    if choose_backend("two_way_attention", backend, *tensors) == "torch":
+    chosen = choose_backend("two_way_attention", backend, *tensors)
+    if chosen == "torch":
         results = two_way_attention_reference(image, pe, write, absorbed_queries, heads)
         return written if write is None else results[0], read if results[1] is None else results[1]
+    if chosen == "triton":
+        _launch(written, read, image, pe, write, absorbed_queries)
+        return written, read
     native.module().two_way_attention(
         written,
         read,
@@ -146,6 +192,58 @@ def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, T
         native.num_threads(),
     )
     return written, read
+
+
+def _launch(
+    written: Tensor, read: Tensor, image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None
+) -> None:
+    """The Triton kernels; transposed arguments are contiguous the other way round where `runtime.two_way` made them."""
+    from sam_fast.kernels import two_way_attention as kernels  # here, that importing sam_fast does not import triton
+    from sam_fast.kernels import two_way_read
+
+    _check_shapes(image, pe, write, absorbed_queries)
+    image, pe = image.contiguous(), pe.contiguous()
+    with torch.cuda.device_of(image):
+        if write is not None:
+            if write.queries is None:
+                assert write.absorbed_keys is not None
+                places, keys, constant = pe, write.absorbed_keys.mT, write.constant
+            else:
+                assert write.keys is not None
+                places, keys, constant = write.queries.flatten(1), write.keys, None
+            rest = constant, write.offered, write.bias, write.norm_weight, write.norm_bias
+            arguments = (None if x is None else x.contiguous() for x in (places, keys, *rest))
+            kernels.write(written, image, *arguments, write.eps)  # type: ignore[arg-type]
+            image = written
+        if absorbed_queries is not None and read.numel() > 0:
+            N, R, C = read.shape
+            runs = two_way_read.read_runs(image, N, R)
+            most, total = image.new_empty(2, N, runs, R, dtype=torch.float32)
+            workspace = image.new_empty(N, runs, R, C, dtype=torch.float32), most, total
+            two_way_read.read(read, workspace, image, pe, absorbed_queries.mT.contiguous())
+
+
+def _check_shapes(image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None) -> None:
+    """Raise ValueError where a tensor has another size than its neighbours: kernels would read beyond its end."""
+    P, C = pe.shape
+    if write is not None:
+        N, R, _ = write.offered.shape
+        expected: dict[str, tuple[int, ...]] = {"offered": (N, R, C)}
+        expected |= dict.fromkeys(("bias", "norm_weight", "norm_bias"), (C,))
+        if write.queries is None:
+            expected |= {"absorbed_keys": (N, C, R), "constant": (N, R)}
+        else:
+            d = write.queries.shape[1]
+            expected |= {"queries": (P, d, HEADS), "keys": (N, R // HEADS, d, HEADS)}
+        for name, shape in expected.items():
+            if getattr(write, name) is None or getattr(write, name).shape != shape:
+                raise ValueError(f"{name} has the wrong size, expected {list(shape)}")
+        if R == 0 or R % HEADS:
+            raise ValueError(f"rows must be those of all {HEADS} heads, got {R}")
+    counts = [len(write.offered)] if write is not None else []
+    counts += [len(absorbed_queries)] if absorbed_queries is not None else []
+    if len(set(counts)) > 1 or len(image) not in (1, counts[0]):
+        raise ValueError(f"got images of {len(image)} and tokens of {counts} prompts")
 
 
 def _two_way_attention_fake(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,10 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
+_TRITON_CHANNELS = (64, 128, 256)
+_TRITON_MASKS = 16
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Upscaling(NamedTuple):
     """The weights of the upscaling, C channels to C1 to C2, both transposed convolutions as matrices.
@@ -34,37 +38,46 @@ class Upscaling(NamedTuple):
     second_bias: Tensor
 
 
-def upscale_masks(image: Tensor, upscaling: Upscaling, classifiers: Tensor, *, backend: str = "auto") -> Tensor:
+def upscale_masks(
+    image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
     """Logits of masks: convolution, LayerNorm, GELU, convolution, GELU, and a linear classifier per mask.
 
     Args:
         image: [N, h, w, C].
         upscaling: the weights.
         classifiers: [N, M, C2].
-        backend: "native", "torch" or "auto", which takes the native one for float32 and channels in eights.
+        rows: which masks are wanted, and where: int32 [N, M], the row of the result that each goes to, no two the same,
+            or -1. Prompts without a wanted mask cost nothing, and with Triton nobody waits to learn which these are.
+        backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
+            half precision, the same for image, classifiers and all weights but those of the LayerNorm, of 64, 128 or
+            256 channels to a quarter and an eighth, and up to 16 masks. What they do not take, auto leaves to PyTorch.
 
     Returns:
-        [N, M, 4h, 4w].
+        [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is undefined.
 
     Raises:
-        ValueError: shapes do not fit, or the native backend cannot take these.
+        ValueError: shapes do not fit, or the backend that was asked for cannot take these.
     """
-    weights = [x for x in upscaling if isinstance(x, Tensor)]
     if len(image) != len(classifiers) or image.shape[3] != upscaling.first_weight.shape[1]:
         raise ValueError(f"got images {list(image.shape)} and classifiers {list(classifiers.shape)} of other weights")
-    fits = image.shape[3] % 8 == 0 and all(x.dtype == torch.float32 for x in (image, classifiers, *weights))
-    if backend == "native" and not fits:
-        raise ValueError("the native upscale_masks takes float32 and channels in eights")
-    backend = backend if fits else "torch"
+    if rows is not None and (rows.shape != classifiers.shape[:2] or rows.dtype != torch.int32):
+        raise ValueError(f"rows must be int32 {list(classifiers.shape[:2])}, got {rows.dtype} {list(rows.shape)}")
+    backend = _possible_backend(backend, image, upscaling, classifiers)
     if torch.compiler.is_compiling():
-        return torch.ops.sam_fast.upscale_masks(image, *upscaling, classifiers, backend)
-    return _upscale_masks(image, *upscaling, classifiers, backend)
+        return torch.ops.sam_fast.upscale_masks(image, *upscaling, classifiers, rows, backend)
+    return _upscale_masks(image, *upscaling, classifiers, rows, backend)
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
-    """`upscale_masks` in PyTorch: pixels stay rows of channels up to the masks, and only those are rearranged."""
-    pixels = upscaled_squares(image, upscaling)
-    return from_squares(pixels @ classifiers.transpose(1, 2), image.shape[1:3])
+    """`upscale_masks` of all masks in PyTorch, float32 inside.
+
+    Pixels stay rows of channels up to the masks, and only those are rearranged.
+    """
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    weights: list[Any] = [x.to(dtype) if isinstance(x, Tensor) else x for x in upscaling]
+    pixels = upscaled_squares(image.to(dtype), Upscaling(*weights))
+    return from_squares(pixels @ classifiers.to(pixels.dtype).transpose(1, 2), image.shape[1:3]).to(dtype)
 
 
 def upscaled_squares(image: Tensor, upscaling: Upscaling) -> Tensor:
@@ -83,13 +96,43 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
     return pixels.reshape(len(pixels), pixels.shape[1], 4 * h, 4 * w)
 
 
+def _possible_backend(backend: str, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> str:
+    """`backend`, or torch instead of auto where the one that auto would take cannot take these."""
+    C, M = image.shape[3], classifiers.shape[1]
+    factors = image, classifiers, *upscaling[:2], *upscaling[5:]
+    dtypes = {x.dtype for x in factors if isinstance(x, Tensor)}
+    native_fits = C % 8 == 0 and dtypes | {upscaling.norm_weight.dtype, upscaling.norm_bias.dtype} == {torch.float32}
+    triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
+    if backend == "native" and not native_fits:
+        raise ValueError("the native upscale_masks takes float32 and channels in eights")
+    if backend == "triton" and not triton_fits:
+        raise ValueError(
+            f"the triton upscale_masks takes {_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, "
+            f"bfloat16, float16, got {C}, {M} and {sorted(map(str, dtypes))}"
+        )
+    fits = triton_fits if image.is_cuda else native_fits
+    return "torch" if backend == "auto" and not fits else backend
+
+
 def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:
-    *weights, classifiers, backend = rest
+    *weights, classifiers, rows, backend = rest
     upscaling = Upscaling(*weights)
-    tensors = [x for x in upscaling if isinstance(x, Tensor)]
-    if choose_backend("upscale_masks", backend, image, classifiers, *tensors) == "torch":
-        return upscale_masks_reference(image, upscaling, classifiers)
+    tensors = [x for x in (*upscaling, rows) if isinstance(x, Tensor)]
+    chosen = choose_backend("upscale_masks", backend, image, classifiers, *tensors)
+    if chosen == "triton":
+        return _launch(image, upscaling, classifiers, rows)
+    run = upscale_masks_reference if chosen == "torch" else _upscale_natively
+    if rows is None:
+        return run(image, upscaling, classifiers)
     logits = _upscale_masks_fake(image, *rest)
+    prompts = (rows >= 0).any(dim=1)
+    wanted = rows[prompts]
+    logits[wanted[wanted >= 0].long()] = run(image[prompts], upscaling, classifiers[prompts])[wanted >= 0]
+    return logits
+
+
+def _upscale_natively(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
+    logits = _upscale_masks_fake(image, classifiers, None, "native")
     native.module().upscale_masks(
         logits,
         image.contiguous(),
@@ -100,14 +143,42 @@ def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:
     return logits
 
 
+def _launch(image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tensor | None) -> Tensor:
+    """The Triton kernel."""
+    from sam_fast.kernels import upscale_masks as kernels  # here, that importing sam_fast does not import triton
+
+    C = image.shape[3]
+    shapes = ((C, C), (C // 4,), (C // 4,), (C // 4,), (), (C // 2, C // 4), (C // 8,))
+    for name, weight, shape in zip(Upscaling._fields, upscaling, shapes, strict=True):
+        if isinstance(weight, Tensor) and weight.shape != shape:
+            raise ValueError(f"{name} has the wrong size, expected {list(shape)}, got {list(weight.shape)}")
+    if classifiers.shape[2] != C // 8:
+        raise ValueError(f"classifiers have the wrong size, expected {C // 8} channels, got {classifiers.shape[2]}")
+    logits = _upscale_masks_fake(image, classifiers, rows, "triton")
+    weights = [x.contiguous() if isinstance(x, Tensor) else x for x in upscaling]
+    with torch.cuda.device_of(image):
+        kernels.upscale(
+            logits,
+            None if rows is None else rows.contiguous(),
+            image.contiguous().flatten(1, 2),
+            image.shape[2],
+            *(tuple(weights[:2]), tuple(weights[2:5]), tuple(weights[5:])),
+            classifiers.contiguous(),
+        )
+    return logits
+
+
 def _upscale_masks_fake(image: Tensor, *rest: Any) -> Tensor:
     N, h, w, _ = image.shape
-    return image.new_empty(N, rest[-2].shape[1], 4 * h, 4 * w)
+    classifiers, rows = rest[-3:-1]
+    M = classifiers.shape[1]
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    return image.new_empty(*((N, M) if rows is None else (N * M,)), 4 * h, 4 * w, dtype=dtype)
 
 
 register(
     "upscale_masks(Tensor image, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, "
-    "float eps, Tensor second_weight, Tensor second_bias, Tensor classifiers, str backend) -> Tensor",
+    "float eps, Tensor second_weight, Tensor second_bias, Tensor classifiers, Tensor? rows, str backend) -> Tensor",
     _upscale_masks,
     _upscale_masks_fake,
 )

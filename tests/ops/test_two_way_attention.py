@@ -143,13 +143,43 @@ def test_bad_input():
     assert written.dtype == torch.float64
 
 
-def test_no_prompts():
+def test_bad_input_of_triton():
+    arguments = problem(2, 60, 32, 3, 3, shared=True, projected=False)
+    image, pe, write, queries = arguments
+    assert write is not None and queries is not None and write.constant is not None
+
+    def run(*changed, heads=8):
+        return two_way_attention(*changed, heads, backend="triton")
+
+    with pytest.raises(ValueError, match=r"8 heads.*got 4"):
+        run(*arguments, heads=4)
+    with pytest.raises(ValueError, match="float64"):
+        run(*in_float64(arguments))
+    with pytest.raises(ValueError, match=r"bfloat16.*float32"):  # what is multiplied has one type
+        run(image, pe, write, queries.bfloat16())
+    with pytest.raises(ValueError, match="16 tokens"):
+        run(*problem(2, 60, 32, 17, 3, shared=True, projected=False))
+    for name in ("offered", "bias", "norm_weight", "norm_bias", "absorbed_keys", "constant"):
+        with pytest.raises(ValueError, match=f"{name} has the wrong size"):
+            run(image, pe, write._replace(**{name: getattr(write, name)[..., :-1]}), queries)
+    for name in ("queries", "keys"):
+        projected = problem(2, 60, 32, 3, 3, shared=True, projected=True)[2]
+        with pytest.raises(ValueError, match=f"{name} has the wrong size"):
+            run(image, pe, projected._replace(**{name: getattr(projected, name)[:-1]}), queries)
+    with pytest.raises(ValueError, match="prompts"):
+        run(image, pe, write, queries[:1])
+    with pytest.raises(ValueError, match="prompts"):
+        run(image.repeat(3, 1, 1), pe, write, queries)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_no_prompts(backend):
     image, pe, write, queries = problem(0, 60, 32, 3, 3, shared=True, projected=False)
-    written, read = two_way_attention(image, pe, write, queries, 8, backend="native")
+    written, read = two_way_attention(image, pe, write, queries, 8, backend=backend)
     assert read is not None and written.shape == (0, 60, 32) and read.shape == (0, 24, 32)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
     for projected in (False, True):
         image, pe, write, queries = problem(2, 20, 32, 3, 2, shared=True, projected=projected)

@@ -69,10 +69,11 @@ def test_not_a_number_stays_in_its_square():
     assert torch.equal(logits[..., ~square], clean[..., ~square])
 
 
-def test_nothing():
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_nothing(backend):
     image, weights, classifiers = problem(2, 6, 5, 64, 3)
-    assert upscale_masks(image[:0], weights, classifiers[:0], backend="native").shape == (0, 3, 24, 20)
-    assert upscale_masks(image, weights, classifiers[:, :0], backend="native").shape == (2, 0, 24, 20)
+    assert upscale_masks(image[:0], weights, classifiers[:0], backend=backend).shape == (0, 3, 24, 20)
+    assert upscale_masks(image, weights, classifiers[:, :0], backend=backend).shape == (2, 0, 24, 20)
 
 
 def test_bad_input():
@@ -90,10 +91,45 @@ def test_bad_input():
     assert image.grad is not None and image.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
     image, weights, classifiers = problem(2, 3, 4, 64, 3)
-    torch.library.opcheck(torch.ops.sam_fast.upscale_masks.default, (image, *weights, classifiers, backend))
+    rows = torch.tensor([[2, 0, 1], [5, 3, 4]], dtype=torch.int32)
+    for chosen in (None, rows):
+        torch.library.opcheck(torch.ops.sam_fast.upscale_masks.default, (image, *weights, classifiers, chosen, backend))
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_rows_name_the_masks_that_are_wanted(backend):
+    image, weights, classifiers = problem(3, 3, 5, 64, 3)
+    every = upscale_masks(image, weights, classifiers, backend=backend)
+    rows = torch.tensor([[-1, 4, -1], [-1, -1, -1], [0, -1, 1]], dtype=torch.int32)
+    image[1] = torch.nan  # nobody looks
+    logits = upscale_masks(image, weights, classifiers, rows, backend=backend)
+    assert logits.shape == (9, 12, 20)
+    for row, mask in ((4, every[0, 1]), (0, every[2, 0]), (1, every[2, 2])):
+        torch.testing.assert_close(logits[row], mask)
+
+
+def test_bad_rows():
+    image, weights, classifiers = problem(2, 3, 5, 64, 3)
+    for rows in (torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 3)):
+        with pytest.raises(ValueError, match="rows must be int32"):
+            upscale_masks(image, weights, classifiers, rows)
+
+
+def test_bad_input_of_triton():
+    image, weights, classifiers = problem(2, 3, 5, 64, 3)
+    with pytest.raises(ValueError, match="float64"):
+        upscale_masks(*in_float64((image, weights, classifiers)), backend="triton")
+    with pytest.raises(ValueError, match="got 64, 17"):
+        upscale_masks(image, weights, classifiers[:, :1].repeat(1, 17, 1), backend="triton")
+    with pytest.raises(ValueError, match="classifiers have the wrong size"):
+        upscale_masks(image, weights, classifiers[..., :-1], backend="triton")
+    for name in ("first_bias", "norm_weight", "norm_bias", "second_weight", "second_bias"):
+        changed = weights._replace(**{name: getattr(weights, name)[:-1]})
+        with pytest.raises(ValueError, match=f"{name} has the wrong size"):
+            upscale_masks(image, changed, classifiers, backend="triton")
 
 
 def test_compiles_as_one_graph():
