@@ -22,9 +22,7 @@ from triton.compiler import ASTSource
 
 ARCHITECTURES = (80, 90)
 FILES = sorted(
-    path.stem
-    for path in (Path(__file__).parents[1] / "kernels").glob("*.py")
-    if path.stem not in ("__init__", "launch")
+    path.stem for path in (Path(__file__).parents[1] / "kernels").glob("*.py") if "def variants(" in path.read_text()
 )
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
