@@ -235,14 +235,18 @@ def rows(
 
 def write_rows(name: str, new: Sequence[Row]) -> Path:
     """Add rows to benchmarks/results/<name>.csv; what older rows did not know stays empty."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+    return append_rows(RESULTS / f"{name}.csv", new)
+
+
+def append_rows(path: Path, new: Sequence[Any]) -> Path:
+    """Add dataclass instances of one kind to a CSV file, whose columns are their fields."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     known: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             known = list(csv.DictReader(file))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [field.name for field in fields(new[0])])
         writer.writeheader()
         writer.writerows([*known, *(asdict(row) for row in new)])
     return path
