@@ -142,6 +142,26 @@ SAM_FAST_HD inline uint32_t score_rank(float score) {
   return raw & 0x80000000u ? raw : 0x7fffffffu - raw;
 }
 
+// ---- Packed masks.
+
+// Bit i of `bits` at bits 2 * i and 2 * i + 1.
+SAM_FAST_HD inline uint64_t double_bits(uint32_t bits) {
+  uint64_t word = bits;
+  word = (word | word << 16) & 0x0000ffff0000ffffull;
+  word = (word | word << 8) & 0x00ff00ff00ff00ffull;
+  word = (word | word << 4) & 0x0f0f0f0f0f0f0f0full;
+  word = (word | word << 2) & 0x3333333333333333ull;
+  word = (word | word << 1) & 0x5555555555555555ull;
+  return word | word << 1;
+}
+
+// The eight bytes (0 or 1) of the eight pixels in `byte`: copy the byte into all eight lanes, keep bit i in lane i and
+// turn "non-zero" into 1 by an addition that carries into the top bit of the lane and never out of it.
+SAM_FAST_HD inline uint64_t unpack_byte(uint8_t byte) {
+  const uint64_t lanes = (byte * uint64_t{0x0101010101010101}) & uint64_t{0x8040201008040201};
+  return ((lanes + uint64_t{0x7f7f7f7f7f7f7f7f}) >> 7) & uint64_t{0x0101010101010101};
+}
+
 // ---- COCO's string of run lengths: numbers in characters of five bits each, the lowest first.
 
 // Whether the five bits `digit` do not yet say all of a number of which `rest` is what remains above them: the sign

@@ -1,6 +1,7 @@
 // The Python face of the native operations on a GPU. A launcher gets the tensors' memory and a stream (an integer: the
 // address that torch.cuda.Stream.cuda_stream is), and returns before the GPU is done.
 #include "bindings.h"
+#include "connected_components.h"
 #include "device.h"
 #include "nms.h"
 
@@ -28,6 +29,23 @@ void with_logits(const TensorView& logits, Visit visit) {
   } else {
     visit(logits.cuda<float>({-1, -1, -1}));
   }
+}
+
+void bind_packed_masks(py::module_& m) {
+  m.def("pack_masks_cuda", [](py::handle bits_, py::handle masks_, std::uintptr_t stream) {
+    const TensorView bits = view(bits_, "bits"), masks = view(masks_, "masks");
+    const DeviceGuard guard(TensorView::cuda_device({&masks, &bits}));
+    const bool* in = masks.cuda<bool>({-1, -1});
+    const int64_t rows = masks.size(0), width = masks.size(1);
+    pack_masks_cuda(cuda_bits(bits, {rows, row_bytes(width)}), in, rows, width, stream_of(stream));
+  });
+  m.def("unpack_masks_cuda", [](py::handle masks_, py::handle bits_, std::uintptr_t stream) {
+    const TensorView masks = view(masks_, "masks"), bits = view(bits_, "bits");
+    const DeviceGuard guard(TensorView::cuda_device({&bits, &masks}));
+    bool* out = masks.cuda<bool>({-1, -1});
+    const int64_t rows = masks.size(0), width = masks.size(1);
+    unpack_masks_cuda(out, cuda_bits(bits, {rows, row_bytes(width)}), rows, width, stream_of(stream));
+  });
 }
 
 void bind_postprocess_masks(py::module_& m) {
@@ -141,14 +159,47 @@ void bind_rle(py::module_& m) {
   });
 }
 
+void bind_connected_components(py::module_& m) {
+  m.def("connected_components_cuda", [](py::handle labels_, py::handle count_, py::handle blocks_, py::handle rows_,
+                                        py::handle bits_, std::uintptr_t stream) {
+    const TensorView labels = view(labels_, "labels"), count = view(count_, "count"), blocks = view(blocks_, "blocks"),
+                     rows = view(rows_, "rows"), bits = view(bits_, "bits");
+    const DeviceGuard guard(TensorView::cuda_device({&bits, &labels, &count, &blocks, &rows}));
+    int32_t* out = labels.cuda<int32_t>({-1, -1, -1});
+    const int64_t n = labels.size(0), height = labels.size(1), width = labels.size(2);
+    const int64_t down = (height + 1) / 2, across = (width + 1) / 2;
+    check_pixel_count(height, width);
+    connected_components_cuda(out, count.cuda<int64_t>({n}), blocks.cuda<int32_t>({2, n, down * across}),
+                              rows.cuda<int64_t>({n, down}), cuda_bits(bits, {n, height, row_bytes(width)}), n, height,
+                              width, stream_of(stream));
+  });
+  m.attr("judgement_workspace") = kJudgement;
+  m.def("remove_small_regions_cuda", [](py::handle out_, py::handle changed_, py::handle blocks_,
+                                        py::handle judgements_, py::handle bits_, int64_t width, double area_threshold,
+                                        bool holes, std::uintptr_t stream) {
+    const TensorView out = view(out_, "out"), changed = view(changed_, "changed"), blocks = view(blocks_, "blocks"),
+                     judgements = view(judgements_, "judgements"), bits = view(bits_, "bits");
+    const DeviceGuard guard(TensorView::cuda_device({&bits, &out, &changed, &blocks, &judgements}));
+    const uint8_t* in = cuda_bits(bits, {-1, -1, row_bytes(width)});
+    const int64_t n = bits.size(0), height = bits.size(1);
+    const int64_t down = (height + 1) / 2, across = (width + 1) / 2;
+    check_pixel_count(height, width);
+    remove_small_regions_cuda(cuda_bits(out, {n, height, row_bytes(width)}), changed.cuda<bool>({n}),
+                              blocks.cuda<int32_t>({2, n, down * across}), judgements.cuda<int64_t>({n, kJudgement}),
+                              in, n, height, width, area_threshold, holes, stream_of(stream));
+  });
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_unavailable_reason", &cuda_unavailable_reason);
   m.attr("mask_workspace") = kMaskWorkspace;
+  bind_packed_masks(m);
   bind_postprocess_masks(m);
   bind_nms(m);
   bind_rle(m);
+  bind_connected_components(m);
 }
 
 }  // namespace sam_fast

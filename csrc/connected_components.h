@@ -20,4 +20,13 @@ void connected_components(int32_t* labels, int64_t* count, const uint8_t* bits, 
 void remove_small_regions(uint8_t* out, bool* changed, const uint8_t* bits, int64_t n, int64_t height, int64_t width,
                           double area_threshold, bool holes, int num_threads);
 
+// ---- On a GPU; bits and out start at a multiple of 8 bytes. Workspaces: blocks [2, N, ceil(height/2) *
+// ceil(width/2)], rows [N, ceil(height/2)], judgements [N, kJudgement].
+constexpr int64_t kJudgement = 2;
+void connected_components_cuda(int32_t* labels, int64_t* count, int32_t* blocks, int64_t* rows, const uint8_t* bits,
+                               int64_t n, int64_t height, int64_t width, void* stream);
+void remove_small_regions_cuda(uint8_t* out, bool* changed, int32_t* blocks, int64_t* judgements, const uint8_t* bits,
+                               int64_t n, int64_t height, int64_t width, double area_threshold, bool holes,
+                               void* stream);
+
 }  // namespace sam_fast

@@ -27,13 +27,6 @@ uint64_t pack_word(const uint8_t* pixels) {
 #endif
 }
 
-// The eight bytes (0 or 1) of the eight pixels in `byte`: copy the byte into all eight lanes, keep bit i in lane i and
-// turn "non-zero" into 1 by an addition that carries into the top bit of the lane and never out of it.
-uint64_t unpack_byte(uint8_t byte) {
-  const uint64_t lanes = (byte * uint64_t{0x0101010101010101}) & uint64_t{0x8040201008040201};
-  return ((lanes + uint64_t{0x7f7f7f7f7f7f7f7f}) >> 7) & uint64_t{0x0101010101010101};
-}
-
 struct UnpackTable {
   uint64_t lanes[256];
   UnpackTable() {

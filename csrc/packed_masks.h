@@ -47,4 +47,8 @@ void pack_masks(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, i
 // bits [rows, row_bytes(width)]  ->  masks [rows, width], one byte per pixel, 0 or 1. Padding bits are ignored.
 void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width, int num_threads);
 
+// The same on a GPU; bits start at a multiple of 8 bytes.
+void pack_masks_cuda(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, void* stream);
+void unpack_masks_cuda(bool* masks, const uint8_t* bits, int64_t rows, int64_t width, void* stream);
+
 }  // namespace sam_fast

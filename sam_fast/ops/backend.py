@@ -16,10 +16,10 @@ from sam_fast import native
 # operation -> device type -> backends in order of preference
 OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "postprocess_masks": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
-    "packed_masks": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "packed_masks": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "nms": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "rle": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
-    "connected_components": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "connected_components": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rel_pos_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
     "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},

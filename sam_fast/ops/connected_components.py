@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
-from sam_fast.ops.packed_masks import check_bits, pack_masks_reference, unpack_masks_reference
+from sam_fast.ops.packed_masks import aligned, check_bits, pack_masks_reference, unpack_masks_reference
 
 _MODES = ("holes", "islands")
+_WORKSPACE_BYTES = 256 << 20  # of GPU memory, for as many masks at a time as that is enough for
 
 
 def connected_components(bits: torch.Tensor, width: int, *, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,10 +125,39 @@ def _connected_components(bits: torch.Tensor, width: int, backend: str) -> tuple
     if choose_backend("connected_components", backend, bits) == "torch":
         return connected_components_reference(bits, width)
     n, height, _ = bits.shape
+    if native.uses_cuda(bits):
+        return _connected_components_cuda(bits, width)
     labels = torch.empty((n, height, width), dtype=torch.int32)
     count = torch.empty(n, dtype=torch.int64)
     native.module().connected_components(labels, count, bits.contiguous(), native.num_threads())
     return labels, count
+
+
+def _connected_components_cuda(bits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    bits = aligned(bits)
+    n, height, _ = bits.shape
+    labels = torch.empty((n, height, width), dtype=torch.int32, device=bits.device)
+    count = torch.empty(n, dtype=torch.int64, device=bits.device)
+    for part in _parts(n, height, width):
+        blocks = _block_workspace(bits[part], width)
+        rows = torch.empty((len(bits[part]), (height + 1) // 2), dtype=torch.int64, device=bits.device)
+        native.module().connected_components_cuda(
+            labels[part], count[part], blocks, rows, bits[part], native.cuda_stream(bits)
+        )
+    return labels, count
+
+
+def _parts(n: int, height: int, width: int) -> list[slice]:
+    """Masks that are worked on at a time, so that their workspace is bounded."""
+    step = max(1, _WORKSPACE_BYTES // max(1, 8 * ((height + 1) // 2) * ((width + 1) // 2)))
+    return [slice(i, i + step) for i in range(0, n, step)]
+
+
+def _block_workspace(bits: torch.Tensor, width: int) -> torch.Tensor:
+    """Two numbers for each block of 2 x 2 pixels of masks."""
+    n, height, _ = bits.shape
+    blocks = ((height + 1) // 2) * ((width + 1) // 2)
+    return torch.empty((2, n, blocks), dtype=torch.int32, device=bits.device)
 
 
 def _connected_components_fake(bits: torch.Tensor, width: int, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,11 +170,37 @@ def _remove_small_regions(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if choose_backend("connected_components", backend, bits) == "torch":
         return remove_small_regions_reference(bits, width, area_threshold, mode)
+    if native.uses_cuda(bits):
+        return _remove_small_regions_cuda(bits, width, area_threshold, mode)
     bits = bits.contiguous()
     cleaned, changed = torch.empty_like(bits), torch.empty(bits.shape[0], dtype=torch.bool)
     native.module().remove_small_regions(
         cleaned, changed, bits, width, area_threshold, mode == "holes", native.num_threads()
     )
+    return cleaned, changed
+
+
+def _remove_small_regions_cuda(
+    bits: torch.Tensor, width: int, area_threshold: float, mode: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bits = aligned(bits)
+    n, height, _ = bits.shape
+    module = native.module()
+    cleaned, changed = torch.empty_like(bits), torch.empty(n, dtype=torch.bool, device=bits.device)
+    for part in _parts(n, height, width):
+        blocks = _block_workspace(bits[part], width)
+        judgements = torch.empty((len(bits[part]), module.judgement_workspace), dtype=torch.int64, device=bits.device)
+        module.remove_small_regions_cuda(
+            cleaned[part],
+            changed[part],
+            blocks,
+            judgements,
+            bits[part],
+            width,
+            area_threshold,
+            mode == "holes",
+            native.cuda_stream(bits),
+        )
     return cleaned, changed
 
 

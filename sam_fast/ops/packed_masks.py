@@ -111,11 +111,13 @@ def _pack_masks(masks: torch.Tensor, backend: str) -> torch.Tensor:
     if choose_backend("packed_masks", backend, masks) == "torch":
         return pack_masks_reference(masks)
     *lead, width = masks.shape
-    bits = torch.empty((*lead, row_bytes(width)), dtype=torch.uint8)
     rows = math.prod(lead)
-    native.module().pack_masks(
-        bits.view(rows, row_bytes(width)), masks.contiguous().view(rows, width), native.num_threads()
-    )
+    bits = torch.empty((*lead, row_bytes(width)), dtype=torch.uint8, device=masks.device)
+    flat, pixels = bits.view(rows, row_bytes(width)), masks.contiguous().view(rows, width)
+    if native.uses_cuda(masks):
+        native.module().pack_masks_cuda(flat, pixels, native.cuda_stream(masks))
+    else:
+        native.module().pack_masks(flat, pixels, native.num_threads())
     return bits
 
 
@@ -123,9 +125,13 @@ def _unpack_masks(bits: torch.Tensor, width: int, backend: str) -> torch.Tensor:
     if choose_backend("packed_masks", backend, bits) == "torch":
         return unpack_masks_reference(bits, width)
     *lead, stride = bits.shape
-    masks = torch.empty((*lead, width), dtype=torch.bool)
     rows = math.prod(lead)
-    native.module().unpack_masks(masks.view(rows, width), bits.contiguous().view(rows, stride), native.num_threads())
+    masks = torch.empty((*lead, width), dtype=torch.bool, device=bits.device)
+    pixels = masks.view(rows, width)
+    if native.uses_cuda(bits):
+        native.module().unpack_masks_cuda(pixels, aligned(bits).view(rows, stride), native.cuda_stream(bits))
+    else:
+        native.module().unpack_masks(pixels, bits.contiguous().view(rows, stride), native.num_threads())
     return masks
 
 

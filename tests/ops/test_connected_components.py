@@ -147,6 +147,79 @@ def test_1000_random_masks_equal_the_official_code(mode, official_remove_small_r
     assert mode == "holes" or outcomes["all_small"] > 20
 
 
+# ---- CUDA.
+
+
+def stacked(masks: list[np.ndarray]) -> torch.Tensor:
+    """Masks of any sizes as one batch, on a canvas as large as the largest."""
+    height, width = max(mask.shape[0] for mask in masks), max(mask.shape[1] for mask in masks)
+    canvas = np.zeros((len(masks), height, width), bool)
+    for whole, mask in zip(canvas, masks, strict=True):
+        whole[: mask.shape[0], : mask.shape[1]] = mask
+    return torch.from_numpy(canvas)
+
+
+def check_gpu(gpu, masks: torch.Tensor, thresholds, official) -> None:
+    bits = pack_masks(masks, backend="torch").to(gpu)
+    width = masks.shape[2]
+    labels, count = connected_components(bits, width, backend="native")
+    assert labels.device.type == gpu.type and labels.dtype == torch.int32 and count.dtype == torch.int64
+    for i, mask in enumerate(masks.numpy()):
+        n, expected = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+        assert int(count[i]) == n - 1, i
+        assert np.array_equal(labels[i].cpu().numpy(), expected), i
+    for threshold in thresholds:
+        for mode in MODES:
+            cleaned, changed = remove_small_regions(bits, width, threshold, mode, backend="native")
+            for i, mask in enumerate(masks.numpy()):
+                expected, expected_changed = official(mask, threshold, mode)
+                assert bool(changed[i]) == expected_changed, (i, mode, threshold)
+                packed = pack_masks(torch.from_numpy(expected)[None], backend="torch")[0]
+                assert torch.equal(cleaned[i].cpu(), packed), (i, mode, threshold)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_gpu_special_masks(gpu, name, official_remove_small_regions, poisoned_memory):
+    masks = torch.from_numpy(SPECIAL[name])[None]
+    check_gpu(gpu, masks, [0, 1, 2, 30, 1e6, 30.5, math.inf], official_remove_small_regions)
+
+
+@pytest.mark.parametrize("batch", range(6))
+def test_gpu_random_masks(gpu, batch, official_remove_small_regions, poisoned_memory):
+    masks = stacked(
+        [random_mask(seed, (24, 40, 66, 70, 90, 140)[batch]) for seed in range(10 * batch, 10 * batch + 10)]
+    )
+    check_gpu(gpu, masks, [7, 40], official_remove_small_regions)
+
+
+def test_gpu_equal_islands_workspace_parts_and_addresses(gpu, official_remove_small_regions, monkeypatch):
+    mask = np.zeros((4, 80), bool)
+    mask[0, 70:73] = mask[1, 3:6] = mask[3, 0:3] = True
+    monkeypatch.setattr(module, "_WORKSPACE_BYTES", 2 * 8 * 2 * 40)  # two masks at a time
+    check_gpu(
+        gpu,
+        torch.from_numpy(np.stack([mask, mask[:, ::-1], mask[::-1], ~mask, mask])),
+        [10],
+        official_remove_small_regions,
+    )
+    bits = pack_masks(torch.from_numpy(mask)[None], backend="torch")
+    bits[..., 10:] = 0xFF
+    odd = torch.empty(bits.numel() + 1, dtype=torch.uint8, device=gpu)[1:].view_as(bits).copy_(bits)
+    cleaned, _ = remove_small_regions(odd, 80, 10, "islands", backend="native")
+    expected, _ = official_remove_small_regions(mask, 10, "islands")
+    assert torch.equal(cleaned[0].cpu(), pack_masks(torch.from_numpy(expected), backend="torch"))
+
+
+def test_gpu_nothing_to_do(gpu):
+    for shape in ((0, 5, 9), (2, 0, 9), (2, 5, 0)):
+        bits = pack_masks(torch.zeros(shape, dtype=torch.bool), backend="torch").to(gpu)
+        labels, count = connected_components(bits, shape[2], backend="native")
+        assert labels.shape == shape and count.tolist() == [0] * shape[0]
+        for mode in MODES:
+            cleaned, changed = remove_small_regions(bits, shape[2], 5, mode, backend="native")
+            assert cleaned.shape == bits.shape and changed.tolist() == [False] * shape[0]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_islands_keep_opencvs_first(backend, official_remove_small_regions):
     # The lower island begins in an earlier block of 2 x 2 pixels than the upper one, so OpenCV numbers it first.

@@ -92,6 +92,28 @@ def test_large_batches_use_threads():
     assert torch.equal(unpack_masks(bits, 601, backend="native"), masks)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 3, 15), (2, 3, 16), (2, 3, 17), (3, 7, 79), (70, 1, 1)], ids=str)
+def test_gpu_packs_and_unpacks(gpu, shape, poisoned_memory):
+    masks = random_masks(*shape)
+    bits = pack_masks(masks.to(gpu), backend="native")
+    assert bits.device.type == gpu.type
+    assert torch.equal(bits.cpu(), expected_bits(masks))
+    back = unpack_masks(bits, shape[-1], backend="native")
+    assert torch.equal(back.cpu().view(torch.uint8), masks.view(torch.uint8))
+
+
+def test_gpu_strides_padding_and_addresses(gpu):
+    masks = random_masks(70, 6, 3).permute(2, 1, 0)
+    bits = pack_masks(masks.to(gpu), backend="native")
+    assert torch.equal(bits.cpu(), expected_bits(masks.contiguous()))
+    dirty = bits.clone()
+    dirty[..., 9:] = 0xFF
+    dirty[..., 8] |= 0xC0
+    odd = torch.empty(bits.numel() + 3, dtype=torch.uint8, device=gpu)[3:].view_as(bits).copy_(dirty)
+    assert torch.equal(unpack_masks(odd, 70, backend="native").cpu(), masks)
+    assert torch.equal(unpack_masks(odd[:, ::2], 70, backend="native").cpu(), masks[:, ::2])
+
+
 @given(shape=st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 300)), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=60)
 def test_random_shapes(shape, seed):
