@@ -159,6 +159,21 @@ class SamPredictor:
         self.original_size: tuple[int, int] | None = None
         self.input_size: tuple[int, int] | None = None
 
+    def warmup(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Do once what first calls would wait for: compile kernels, pack weights, record graphs. No image is set by it.
+
+        Args:
+            batch_sizes: numbers of images that will be encoded together.
+        """
+        side = self.model.image_encoder.img_size
+        image = np.zeros((side // 2, side, 3), dtype=np.uint8)
+        for size in batch_sizes:
+            embedding = self.encode_images([image] * size)[0]
+            for multimask_output in (True, False):
+                for points in (1, 2):
+                    given = np.zeros((points, 2)), np.ones(points, dtype=np.int64)
+                    self.predict(*given, multimask_output=multimask_output, embedding=embedding)
+
     # -- prompts -> masks
 
     def predict(

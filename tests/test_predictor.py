@@ -394,3 +394,13 @@ def test_one_model_serves_many_threads(predictors, photo):
         for got, want in zip(results[i], (expected[i % 4], *expected[i % 4 :]), strict=True):
             np.testing.assert_allclose(got[2], want[2], rtol=0, atol=1e-3)
             assert (got[0] == want[0]).mean() > 0.9999
+
+
+def test_warmup_sets_nothing_and_changes_nothing(tiny, photo):
+    predictor = SamPredictor(tiny)
+    predictor.warmup(batch_sizes=(1, 2))
+    assert not predictor.is_image_set and predictor.features is None
+    before = predictor.set_image(photo).features
+    predictor.warmup()
+    assert predictor.features is before
+    assert torch.equal(before, SamPredictor(tiny).set_image(photo).features)
