@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sam_fast.checkpoints import load_checkpoint
 from sam_fast.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -85,11 +86,13 @@ def build_sam_from_config(config: SamConfig, checkpoint: str | os.PathLike[str] 
         ValueError: the file is not a checkpoint of this architecture.
     """
     if checkpoint is None:
-        return Sam(*_build_stages(config)).eval()
-    with torch.device("meta"):  # the file brings every weight: do not draw random ones first
-        stages = _build_stages(config)
-    sam = Sam(*stages)
-    load_checkpoint(sam, checkpoint)
+        sam = Sam(*_build_stages(config))
+    else:
+        with torch.device("meta"):  # the file brings every weight: do not draw random ones first
+            stages = _build_stages(config)
+        sam = Sam(*stages)
+        load_checkpoint(sam, checkpoint)
+    sam.runner = _run_batch
     return sam.eval()
 
 
@@ -118,6 +121,13 @@ def build_sam_nano(checkpoint: str | os.PathLike[str] | None = None) -> Sam:
         return build_sam_from_config(NANO, checkpoint)
     with resources.as_file(resources.files("sam_fast") / "assets" / "nano" / "model.safetensors") as packaged:
         return build_sam_from_config(NANO, packaged)
+
+
+def _run_batch(sam: Sam, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, Tensor]] | None:
+    """`Sam.forward` by the runtime, where that gives the same."""
+    from sam_fast.runtime import batched  # here: a model can be built and trained without it
+
+    return batched.run(sam, batched_input, multimask_output)
 
 
 build_sam = build_sam_vit_h

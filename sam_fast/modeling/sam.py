@@ -5,7 +5,7 @@ Source: Kirillov et al., "Segment Anything", 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ class Sam(nn.Module):
     image_format: str = "RGB"
     pixel_mean: Tensor
     pixel_std: Tensor
+    # What `forward` asks first: (model, batched_input, multimask_output) -> its results, or None where the modules
+    # themselves must run. `build_sam` sets it.
+    runner: Callable[[Sam, list[dict[str, Any]], bool], list[dict[str, Tensor]] | None] | None = None
 
     def __init__(
         self,
@@ -69,6 +72,10 @@ class Sam(nn.Module):
             one dictionary per image: `masks` bool [N, M, H, W] at the original size, `iou_predictions` [N, M],
             `low_res_logits` [N, M, 4h, 4w].
         """
+        if self.runner is not None and not torch.compiler.is_compiling():
+            results = self.runner(self, batched_input, multimask_output)
+            if results is not None:
+                return results
         images = torch.stack([self.preprocess(record["image"]) for record in batched_input])
         embeddings = self.image_encoder(images)
         image_pe = self.prompt_encoder.get_dense_pe()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from oracle import relative_error
+
+from sam_fast.modeling import Sam
 
 TOLERANCE = 1e-5  # float32, sums in another order (contract: 1e-4)
 
@@ -44,6 +48,46 @@ def test_forward_equals_official(multimask_output, official_tiny, tiny, tiny_ima
         # Logits reach hundreds here: a relative 1e-5 moves the border of a mask by a pixel at most now and then.
         assert (ours["masks"] != theirs["masks"]).float().mean() <= 1e-4
     assert any(0.01 < record["masks"].float().mean() < 0.99 for record in expected)
+
+
+def test_forward_is_run_by_the_runtime(tiny, tiny_image, monkeypatch):
+    """The stages are not called; and the modules' own way gives the same."""
+    plain = Sam(tiny.image_encoder, tiny.prompt_encoder, tiny.mask_decoder)
+    batch = _batch(tiny_image)
+    expected = plain(batch, True)
+    monkeypatch.setattr(type(tiny.image_encoder), "forward", None)
+    for ours, theirs in zip(tiny(batch, True), expected, strict=True):
+        assert relative_error(ours["low_res_logits"], theirs["low_res_logits"]) <= TOLERANCE
+        assert (ours["masks"] != theirs["masks"]).float().mean() <= 1e-4
+    with pytest.raises(TypeError):
+        plain(batch, True)
+
+
+def test_forward_calls_what_somebody_put_in(tiny, tiny_image):
+    batch = _batch(tiny_image)[:1]
+    expected = tiny(batch, True)[0]
+    seen = []
+    hooked = copy.deepcopy(tiny)
+    hooked.mask_decoder.transformer.register_forward_hook(lambda *arguments: seen.append(1))
+    assert relative_error(hooked(batch, True)[0]["low_res_logits"], expected["low_res_logits"]) <= TOLERANCE
+    assert seen == [1]
+
+    class Upside(Sam):
+        def postprocess_masks(self, *arguments):
+            return -super().postprocess_masks(*arguments)
+
+    upside = copy.deepcopy(tiny)
+    upside.__class__ = Upside
+    assert (upside(batch, True)[0]["masks"] == expected["masks"]).float().mean() < 0.1
+
+
+def test_forward_keeps_no_model_alive(tiny, tiny_image):
+    model = copy.deepcopy(tiny)
+    model(_batch(tiny_image)[:1], True)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_forward_takes_extra_tokens(tiny, tiny_image):
