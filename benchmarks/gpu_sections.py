@@ -43,11 +43,12 @@ SECTIONS = ("encoder", "click", "decode", "post", "amg", "cold")
 STABILITY = 0.8
 # The largest error of a result that is timed, by section and precision. fp32: rounding of sums in another order, and
 # a mask's edge that falls on the other side of a pixel. Narrower formats: seeded weights make logits of hundreds out of
-# differences, more than trained ones do, and many records lie next to a threshold that half of them pass.
+# differences, more than trained ones do (the official ViT-B in bf16: 0.02 of the logits, 0.16 of a click's masks), and
+# many records lie next to a threshold that half of them pass.
 TOLERANCES = {
     "encoder": {"fp32": 1e-3, "bf16": 0.05, "fp16": 0.02, "fp8": 0.15, "int8": 0.15},
     "decode": {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05, "fp8": 0.2, "int8": 0.2},
-    "click": {"fp32": 0.01, "bf16": 0.1, "fp16": 0.05, "fp8": 0.2, "int8": 0.2},
+    "click": {"fp32": 0.01, "bf16": 0.35, "fp16": 0.15, "fp8": 0.35, "int8": 0.35},
     "post": {"fp32": 0.02, "bf16": 0.02, "fp16": 0.02, "fp8": 0.02, "int8": 0.02},
     "amg": {"fp32": 0.03, "bf16": 0.6, "fp16": 0.6, "fp8": 0.7, "int8": 0.7},
 }
