@@ -36,8 +36,12 @@ from sam_fast.utils.amg import (
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-# Masks whose bits at full size exist at a time: memory is bounded by it, not by the number of masks found.
-_FULL_SIZE_BATCH = 32
+# Masks whose bits at full size exist at a time: memory is bounded by it, not by the number of masks found. Each batch
+# is copied to the host by itself.
+_FULL_SIZE_BATCH = {"cpu": 32, "cuda": 256}
+# Points whose masks are judged together at least, whatever points_per_batch says: the host waits for each batch, and
+# while it waits a GPU has nothing to do. Few of them go through the decoder at a time.
+_FEWEST_POINTS = {"cuda": 1024}
 
 
 class SamAutomaticMaskGenerator:
@@ -70,7 +74,7 @@ class SamAutomaticMaskGenerator:
         Args:
             model: the Sam to run.
             points_per_side: side of the grid of point prompts; exclusive with `point_grids`.
-            points_per_batch: prompts decoded together; more is faster on a GPU and needs more memory.
+            points_per_batch: prompts decoded together. On a GPU at least 1024 are taken, or fewer when memory runs out.
             pred_iou_thresh: keep masks whose predicted IoU is above it; 0 or less keeps all.
             stability_score_thresh: keep masks whose stability score reaches it; 0 or less keeps all.
             stability_score_offset: shift of the threshold, in logits, with which stability is measured.
@@ -168,7 +172,7 @@ class SamAutomaticMaskGenerator:
         data.filter(keep)
 
         data["rles"] = []
-        for rows in keep.split(_FULL_SIZE_BATCH):
+        for rows in keep.split(_FULL_SIZE_BATCH.get(keep.device.type, 32)):
             bits = self.predictor.runtime.postprocess(embedding, _select(low_res, rows, embedding)).bits
             assert bits is not None
             data["rles"] += encode_rle(
@@ -183,14 +187,15 @@ class SamAutomaticMaskGenerator:
         self, embedding: ImageEmbedding, points: np.ndarray, crop_box: list[int], size: tuple[int, int]
     ) -> Iterator[tuple[MaskData, torch.Tensor]]:
         """`_candidates` of batch after batch; where memory runs out, of smaller batches from then on."""
-        start, count = 0, self.points_per_batch
+        most = max(self.points_per_batch, _FEWEST_POINTS.get(embedding.device.type, 1))
+        start, count = 0, most
         while start < len(points):
             try:
                 found = self._candidates(embedding, points[start : start + count], crop_box, size)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
-                if count == self.points_per_batch:
+                if count == most:
                     warnings.warn(f"out of memory with points_per_batch={count}; going on with less", stacklevel=2)
                 count //= 2
                 continue
@@ -208,17 +213,16 @@ class SamAutomaticMaskGenerator:
         low_res, iou, prompt = self.predictor.runtime.decode_filtered(
             embedding, Prompts(coords_torch, labels), threshold
         )
-        data = MaskData(low_res=low_res, iou_preds=iou, points=torch.as_tensor(points)[prompt.cpu()])
+        data = MaskData(low_res=low_res, iou_preds=iou, points=torch.as_tensor(points, device=low_res.device)[prompt])
         measured = self.predictor.runtime.postprocess(
             embedding, data["low_res"], stability_offset=self.stability_score_offset, return_bits=False
         )
         data["stability_score"] = measured.stability_score
         data["boxes"] = measured.boxes
+        keep = ~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, size[1], size[0]])
         if self.stability_score_thresh > 0.0:
-            data.filter(data["stability_score"] >= self.stability_score_thresh)
-        at_edge = is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, size[1], size[0]])
-        if at_edge.any():
-            data.filter(~at_edge)
+            keep &= data["stability_score"] >= self.stability_score_thresh
+        data.filter(keep)
         logits = data["low_res"]
         del data["low_res"]
         return data, logits
@@ -242,8 +246,8 @@ class SamAutomaticMaskGenerator:
         rles = list(mask_data["rles"])
         boxes = torch.as_tensor(mask_data["boxes"]).clone()
         unchanged = torch.ones(len(rles))
-        for start in range(0, len(rles), _FULL_SIZE_BATCH):
-            chunk = rles[start : start + _FULL_SIZE_BATCH]
+        for start in range(0, len(rles), _FULL_SIZE_BATCH["cpu"]):
+            chunk = rles[start : start + _FULL_SIZE_BATCH["cpu"]]
             width = chunk[0]["size"][1]
             bits, filled = remove_small_regions(decode_rle(chunk), width, min_area, "holes")
             bits, cleared = remove_small_regions(bits, width, min_area, "islands")
@@ -286,7 +290,7 @@ class SamAutomaticMaskGenerator:
 def _no_candidates(device: torch.device) -> MaskData:
     return MaskData(
         iou_preds=torch.zeros(0, device=device),
-        points=torch.zeros(0, 2, dtype=torch.float64),
+        points=torch.zeros(0, 2, dtype=torch.float64, device=device),
         stability_score=torch.zeros(0, device=device),
         boxes=torch.zeros(0, 4, dtype=torch.int64, device=device),
     )
@@ -294,6 +298,8 @@ def _no_candidates(device: torch.device) -> MaskData:
 
 def _select(chunks: list[torch.Tensor], rows: torch.Tensor, embedding: ImageEmbedding) -> torch.Tensor:
     """Rows of the concatenation of `chunks`, without concatenating them."""
+    if len(chunks) == 1:
+        return chunks[0][rows]
     side = 4 * embedding.features.shape[-1]
     out = torch.empty(len(rows), side, side, device=embedding.device)
     start = 0

@@ -11,7 +11,7 @@ from oracle import TINY, build_official, official, seed_weights
 from pycocotools import mask as coco
 from records import assert_same_mask, assert_same_records
 
-from sam_fast import SamAutomaticMaskGenerator, build_sam_from_config
+from sam_fast import SamAutomaticMaskGenerator, automatic_mask_generator, build_sam_from_config
 from sam_fast.utils.amg import MaskData, rle_to_mask
 
 # Thresholds that keep a good dozen of the seeded weights' masks and drop the others.
@@ -110,6 +110,22 @@ def test_crops_and_small_regions_on_cuda(tiny_models, image):
     on_cuda = SamAutomaticMaskGenerator(model, **settings, precision="fp32").generate(image)
     # Products are summed in another order: a mask near a threshold may come or go.
     assert len(on_cpu) > 3 and abs(len(on_cuda) - len(on_cpu)) <= 1
+
+
+def test_points_that_are_judged_together(tiny_models, image, monkeypatch):
+    """As on a GPU: more points at a time than points_per_batch says, and more masks at full size."""
+    module = automatic_mask_generator
+    generator = generators(tiny_models, points_per_batch=7)[1]
+    expected = generator.generate(image)
+    monkeypatch.setattr(module, "_FEWEST_POINTS", {"cpu": 1024})
+    monkeypatch.setattr(module, "_FULL_SIZE_BATCH", {"cpu": 256})
+    calls = []
+    decode = generator.predictor.runtime.decode_filtered
+    monkeypatch.setattr(
+        generator.predictor.runtime, "decode_filtered", lambda *arguments: calls.append(1) or decode(*arguments)
+    )
+    assert_same_records(generator.generate(image), expected)
+    assert len(calls) == 1
 
 
 def test_generate_batch(tiny_models, image):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, ItemsView
 from copy import deepcopy
-from itertools import compress, product
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -42,19 +42,17 @@ class MaskData:
 
     def filter(self, keep: torch.Tensor) -> None:
         """Keep, in place, the rows that `keep` selects: a bool tensor [N] or int indices [K], on any device."""
-        keep = torch.as_tensor(keep)
-        if keep.dtype != torch.bool:
-            keep = keep.long()  # torch.tensor([]) is a float tensor, yet means "none"
-        chosen = keep.detach().cpu().numpy()
+        keep = torch.as_tensor(keep).detach()
+        # Indices once, not once per field: on a GPU the host waits to learn how many there are. And torch.tensor([]) is
+        # a float tensor, yet means "none".
+        rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep.long()
+        on_host = None
         for key, values in self._stats.items():
             if isinstance(values, torch.Tensor):
-                self._stats[key] = values[keep.to(values.device)]
-            elif isinstance(values, np.ndarray):
-                self._stats[key] = values[chosen]
-            elif keep.dtype == torch.bool:
-                self._stats[key] = list(compress(values, chosen.tolist()))
-            else:
-                self._stats[key] = [values[i] for i in chosen.tolist()]
+                self._stats[key] = values[rows.to(values.device)]
+                continue
+            on_host = rows.cpu().numpy() if on_host is None else on_host
+            self._stats[key] = values[on_host] if isinstance(values, np.ndarray) else [values[i] for i in on_host]
 
     def cat(self, new_stats: MaskData) -> None:
         """Append, in place, the rows of `new_stats`; names that this object lacks are copied."""
