@@ -14,13 +14,17 @@ from torch import nn
 from sam_fast.embedding import ImageEmbedding, model_fingerprint
 from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
 from sam_fast.modeling.image_encoder import ImageEncoderViT
+from sam_fast.ops.backend import unavailable_reason
 from sam_fast.ops.postprocess_masks import PostprocessedMasks, postprocess_masks, resize_logits
 from sam_fast.runtime.graphs import Graphed
 from sam_fast.runtime.image_encoder import can_encode, encode, linears_of
 from sam_fast.runtime.linears import BlockLinears
+from sam_fast.runtime.packed_decoder import PackedDecoder
+from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
 from sam_fast.runtime.packed_encoder import PackedEncoder, can_pack
 from sam_fast.runtime.plain import is_untouched, is_untouched_throughout
 from sam_fast.runtime.precision import format_beside, resolve_precision
+from sam_fast.runtime.streams import Ready
 from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
@@ -30,7 +34,10 @@ _Made = TypeVar("_Made")
 # Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
 # in use at a time: on a CPU more prompts leave the cache and are slower each.
 _MOST_PROMPTS_AT_ONCE = 4
-_PACKS_ON = {"cuda"}  # device types whose encoder is `PackedEncoder`
+# The same on a GPU, whose second-level cache (50 MB on Hopper) then holds the 2 MB per prompt that one kernel leaves to
+# the next.
+_MOST_PROMPTS_ON_GPU = 16
+_PACKS_ON = {"cuda"}  # device types whose encoder is `PackedEncoder`, and whose decoder `PackedDecoder`
 
 
 class Prompts(NamedTuple):
@@ -60,6 +67,7 @@ class _DecoderInputs(NamedTuple):
     dense: torch.Tensor
     no_masks: bool
     plain: bool  # the decoder is, and on a CPU
+    packed: PackedDecoder | None = None  # what decodes them on a GPU
 
     def official(self) -> tuple[torch.Tensor, ...]:
         """The arguments of a mask decoder."""
@@ -252,7 +260,7 @@ class InferenceRuntime:
                 return decoder(*inputs.official(), multimask_output=multimask_output)
             mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
             chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-            return self._masks_from(mask_tokens, image, chosen, inputs.plain), iou[:, chosen.start : chosen.stop]
+            return self._masks_from(mask_tokens, image, chosen, inputs), iou[:, chosen.start : chosen.stop]
 
         parts = self._decode_each(embedding, prompts, decode)
         low_res, iou = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -264,7 +272,8 @@ class InferenceRuntime:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode with multimask output, but only masks whose predicted IoU is above the threshold (None: all).
 
-        The IoU head reads tokens alone, so prompts without such a mask are never upscaled.
+        The IoU head reads tokens alone, so prompts without such a mask are never upscaled. On a GPU the host waits only
+        at the end, to learn how many masks there are.
 
         Returns:
             logits [K, 4s, 4s], predicted IoUs [K], and the prompt of each mask [K] int64; ordered by prompt, then mask.
@@ -279,22 +288,31 @@ class InferenceRuntime:
             mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
             scores = iou[:, 1:].float()
             keep = _above(scores, iou_threshold)
+            chosen = range(1, decoder.num_mask_tokens)
+            if inputs.packed is not None:
+                return self._masks_from(mask_tokens, image, chosen, inputs, _rows_in_order(keep)), scores
             rows = keep.any(dim=1)
             if not rows.all():  # else there is no need for a copy of the images
                 mask_tokens, image = mask_tokens[rows], image[rows]
-            masks = self._masks_from(mask_tokens, image, range(1, decoder.num_mask_tokens), inputs.plain)
-            return masks[keep[rows]].float(), scores
+            return self._masks_from(mask_tokens, image, chosen, inputs)[keep[rows]].float(), scores
 
         logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
+        counts = torch.stack([_above(some, iou_threshold).sum() for some in scores]).tolist()
         all_scores = torch.cat(scores)
         keep = _above(all_scores, iou_threshold)
-        return torch.cat(logits), all_scores[keep], keep.nonzero()[:, 0]
+        kept_logits = torch.cat([some[:count] for some, count in zip(logits, counts, strict=True)])
+        return kept_logits, all_scores[keep], keep.nonzero()[:, 0]
 
     def _decode_each(
         self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
     ) -> list[_Made]:
         """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
         decoder = self.model.mask_decoder
+        packed = self._packed_decoder()
+        if packed is not None:
+            inputs = list(self._decoder_inputs(embedding, prompts, packed=packed))
+            if self._few_tokens(packed.decoder, inputs[0]):
+                return [decode(some) for some in inputs]
         plain = _has_stages(decoder) and self._plain_on_cpu(decoder)
         with self._decoder_format(plain):
             inputs = list(self._decoder_inputs(embedding, prompts, plain))
@@ -305,7 +323,29 @@ class InferenceRuntime:
                 self._first_layer(embedding, inputs[0])  # once, before several threads find it missing
             return in_threads(decode, inputs)
 
-    def _decoder_inputs(self, embedding: ImageEmbedding, prompts: Prompts, plain: bool) -> Iterator[_DecoderInputs]:
+    def _packed_decoder(self) -> PackedDecoder | None:
+        """The decoder for a GPU, made anew when a weight changes; None where this one must run as it is."""
+        decoder, device_type = self.model.mask_decoder, self.model.device.type
+        if device_type not in _PACKS_ON or self.backend == "torch" or torch.is_autocast_enabled(device_type):
+            return None
+        if not can_pack_decoder(decoder) or unavailable_reason("two_way_attention", "triton", device_type) is not None:
+            return None
+        weights = _weight_dtype(decoder)
+        dtype = format_beside(resolve_precision(self.precision, self.model.device))
+        if weights != torch.float32:
+            if self.precision != "auto" or weights not in (torch.bfloat16, torch.float16):
+                return None
+            dtype = weights
+
+        def pack() -> PackedDecoder:
+            assert isinstance(decoder, MaskDecoder)
+            return PackedDecoder(decoder, dtype, self._model_backend)
+
+        return self._once(self._kept, "packed decoder", decoder, list(decoder.parameters()), pack)
+
+    def _decoder_inputs(
+        self, embedding: ImageEmbedding, prompts: Prompts, plain: bool = False, packed: PackedDecoder | None = None
+    ) -> Iterator[_DecoderInputs]:
         """What the mask decoder reads, for a few prompts at a time."""
         embedding.wait()
         model = self.model
@@ -316,12 +356,14 @@ class InferenceRuntime:
         sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
         features, pe = embedding.features.to(dtype), self._image_pe()
         step = max(1, len(sparse))
-        if features.device.type == "cpu":
+        if packed is not None:
+            step = min(_MOST_PROMPTS_ON_GPU, step)
+        elif features.device.type == "cpu":
             step = min(_MOST_PROMPTS_AT_ONCE, -(-step // torch.get_num_threads()))
         for start in range(0, max(1, len(sparse)), step):
             some = slice(start, start + step)
             dense_of_some = dense if len(dense) == 1 else dense[some]
-            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, plain)
+            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, plain, packed)
 
     def _predict_tokens(
         self, embedding: ImageEmbedding, inputs: _DecoderInputs
@@ -329,33 +371,53 @@ class InferenceRuntime:
         """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        if not self._absorbs(decoder, inputs):
+        if inputs.packed is None and not self._absorbs(decoder, inputs):
             return decoder.predict_tokens(*inputs.official())
-        tokens = decoder.prompt_tokens(inputs.sparse)
-        assert isinstance(decoder.transformer, TwoWayTransformer)
         pe = _pixels(inputs.pe)
         image: torch.Tensor | FirstLayer
         if inputs.no_masks:
             image = self._first_layer(embedding, inputs)
         else:
             image = _pixels(inputs.features + inputs.dense)
-            if len(image) != len(tokens):
-                image = project_first_layer(decoder.transformer, image, pe)
-        results = 1 + decoder.num_mask_tokens
-        tokens, written = two_way(decoder.transformer, image, pe, tokens, results=results, backend=self._model_backend)
-        mask_tokens, iou = decoder.read_tokens(tokens)
+            if len(image) != len(inputs.sparse):
+                image = _project(decoder, inputs.packed, image, pe)
+        if inputs.packed is not None:
+            mask_tokens, written, iou = inputs.packed.predict_tokens(image, self._packed_pe(inputs), inputs.sparse)
+        else:
+            tokens, results = decoder.prompt_tokens(inputs.sparse), 1 + decoder.num_mask_tokens
+            assert isinstance(decoder.transformer, TwoWayTransformer)
+            tokens, written = two_way(
+                decoder.transformer, image, pe, tokens, results=results, backend=self._model_backend
+            )
+            mask_tokens, iou = decoder.read_tokens(tokens)
         return mask_tokens, written.transpose(1, 2).unflatten(2, tuple(inputs.features.shape[-2:])), iou
 
     def _absorbs(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
-        """Whether `two_way` runs these prompts."""
-        tokens = 1 + decoder.num_mask_tokens + inputs.sparse.shape[1]
-        return tokens <= MOST_TOKENS and inputs.plain and can_absorb(decoder.transformer)
+        """Whether `two_way` runs these prompts on a CPU."""
+        return inputs.plain and self._few_tokens(decoder, inputs) and can_absorb(decoder.transformer)
 
-    def _masks_from(self, mask_tokens: torch.Tensor, image: torch.Tensor, chosen: range, plain: bool) -> torch.Tensor:
-        """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
+    def _few_tokens(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
+        """Whether tokens are so few that projecting the image would cost more."""
+        return 1 + decoder.num_mask_tokens + inputs.sparse.shape[1] <= MOST_TOKENS
+
+    def _masks_from(
+        self,
+        mask_tokens: torch.Tensor,
+        image: torch.Tensor,
+        chosen: range,
+        inputs: _DecoderInputs,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w].
+
+        A packed decoder may be told in which `rows` of [N M, 4h, 4w] to put them.
+        """
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        if plain and can_upscale_by_products(decoder.output_upscaling):
+        if inputs.packed is not None:
+            pixels = image.flatten(2).transpose(1, 2)  # as they were
+            return inputs.packed.masks_from(mask_tokens, pixels, image.shape[2:], chosen, rows)
+        if inputs.plain and can_upscale_by_products(decoder.output_upscaling):
             return masks_by_products(decoder, mask_tokens, image, chosen, self._model_backend)
         return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
 
@@ -365,13 +427,8 @@ class InferenceRuntime:
         return on_cpu and type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
 
     def _image_pe(self) -> torch.Tensor:
-        """The positional encoding of the image's tokens; made once on a CPU.
-
-        Channels last: `_pixels` then copies nothing. On a GPU another stream might read it too early.
-        """
+        """The positional encoding of the image's tokens, made once; channels last, that `_pixels` copies nothing."""
         encoder = self.model.prompt_encoder
-        if self.model.device.type != "cpu":
-            return encoder.get_dense_pe()
         weights = [*encoder.buffers(), *encoder.parameters()]
 
         def encode() -> torch.Tensor:
@@ -379,18 +436,28 @@ class InferenceRuntime:
 
         return self._once(self._kept, "image pe", encoder, weights, encode)
 
+    def _packed_pe(self, inputs: _DecoderInputs) -> torch.Tensor:
+        """The encoding as rows [1, P, C] in the format of the packed decoder, made once."""
+        encoder, packed = self.model.prompt_encoder, inputs.packed
+        assert packed is not None
+        weights = [*encoder.buffers(), *encoder.parameters()]
+        return self._once(self._kept, "packed pe", encoder, weights, lambda: _pixels(inputs.pe).to(packed.dtype))
+
     def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
         """Projections of an image without mask prompts, made once per image."""
-        transformer = self.model.mask_decoder.transformer
+        decoder = self.model.mask_decoder
+        assert isinstance(decoder, MaskDecoder)
+        transformer = decoder.transformer
         assert isinstance(transformer, TwoWayTransformer)
         no_mask = self.model.prompt_encoder.no_mask_embed.weight
         weights = [*transformer.layers[0].parameters(), no_mask, *self.model.prompt_encoder.buffers()]
 
         def project() -> FirstLayer:
             image = inputs.features + no_mask.view(1, -1, 1, 1)
-            return project_first_layer(transformer, _pixels(image), _pixels(inputs.pe))
+            return _project(decoder, inputs.packed, _pixels(image), _pixels(inputs.pe))
 
-        return self._once(embedding.cache, "first layer", transformer, weights, project)
+        name = "first layer" if inputs.packed is None else "packed first layer"
+        return self._once(embedding.cache, name, transformer, weights, project)
 
     def _once(
         self,
@@ -400,13 +467,18 @@ class InferenceRuntime:
         weights: Sequence[torch.Tensor],
         make: Callable[[], _Made],
     ) -> _Made:
-        """What `make` returns, kept in `store` until a weight of `owner` that it depends on changes."""
+        """What `make` returns, kept in `store` until a weight of `owner` that it depends on changes.
+
+        On a GPU it may be used in any stream.
+        """
         key = self.precision, *((t.data_ptr(), 0 if t.is_inference() else t._version) for t in weights)
         kept = store.get(name)
         if kept is None or kept[0]() is not owner or kept[1] != key:
-            kept = weakref.ref(owner), key, make()
+            kept = weakref.ref(owner), key, make(), Ready(self.model.device)
             store[name] = kept
-        return kept[2]
+        made, ready = kept[2:]
+        ready.wait([made] if isinstance(made, torch.Tensor) else made if isinstance(made, FirstLayer) else ())
+        return made
 
     def postprocess(
         self,
@@ -438,6 +510,20 @@ class InferenceRuntime:
 def _pixels(image: torch.Tensor) -> torch.Tensor:
     """[N, C, h, w] -> [N, h * w, C], contiguous."""
     return image.flatten(2).transpose(1, 2).contiguous()
+
+
+def _project(decoder: MaskDecoder, packed: PackedDecoder | None, image: torch.Tensor, pe: torch.Tensor) -> FirstLayer:
+    """What the first layer makes of an image X [1, P, C] with encoding [1, P, C]."""
+    if packed is not None:
+        return packed.project_first_layer(image, pe)
+    assert isinstance(decoder.transformer, TwoWayTransformer)
+    return project_first_layer(decoder.transformer, image, pe)
+
+
+def _rows_in_order(keep: torch.Tensor) -> torch.Tensor:
+    """For `upscale_masks`: the masks that are kept, bool [N, M], one after the other; int32."""
+    places = keep.flatten().cumsum(0).view_as(keep) - 1
+    return torch.where(keep, places, -1).int()
 
 
 def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:

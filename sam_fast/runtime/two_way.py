@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,13 +122,15 @@ def _sweep(
     attention: Attention, queries: Tensor, image: Tensor, pe: Tensor, write: Write | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Write into images [N or 1, P, C], then let tokens [N, T, C] read them: images [N, P, C], tokens [N, T, C]."""
-    q = _heads(attention, attention.q_proj(queries)) * _scale(attention)
-    absorbed = _rows(q @ _by_head(attention, attention.k_proj.weight)).transpose(1, 2)  # [N, C, R]
+    N, T, _ = queries.shape
+    q = attention.q_proj(queries) * _scale(attention)
+    absorbed = _absorb(attention, q, attention.k_proj.weight).transpose(1, 2)  # [N, C, R]
     image, read = two_way_attention(image, pe[0], write, absorbed, attention.num_heads, backend=backend)
     assert read is not None
-    by_head = read.unflatten(1, (-1, attention.num_heads)).transpose(1, 2)  # [N, h, T, C]
-    values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [N, h, T, d]
-    return image, attention.out_proj(_side_by_side(values) + attention.v_proj.bias)
+    by_head = read.reshape(N * T, attention.num_heads, read.shape[2]).transpose(0, 1)  # [h, N T, C]
+    values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [h, N T, d]
+    values = values.transpose(0, 1).reshape(N, T, attention.internal_dim)
+    return image, attention.out_proj(values + attention.v_proj.bias)
 
 
 def _read_projected(attention: Attention, queries: Tensor, first: FirstLayer) -> Tensor:
@@ -142,14 +145,15 @@ def _offer(
     attention: Attention, norm: nn.LayerNorm, placed_tokens: Tensor, tokens: Tensor, first: FirstLayer | None
 ) -> Write:
     """What tokens [N, T, C], with and without their encoding, offer to the image."""
-    k = _heads(attention, attention.k_proj(placed_tokens)) * _scale(attention)  # [N, h, T, d]
-    v = _heads(attention, attention.v_proj(tokens))
-    offered = _rows(v @ _by_head(attention, attention.out_proj.weight.T))
+    k = attention.k_proj(placed_tokens) * _scale(attention)  # [N, T, h d]
+    offered = _absorb(attention, attention.v_proj(tokens), attention.out_proj.weight.T)
     rest = offered, attention.out_proj.bias, norm.weight, norm.bias, norm.eps
+    by_head = k.unflatten(2, (attention.num_heads, -1))  # [N, T, h, d]
     if first is not None:
-        return Write(*rest, queries=first.queries, keys=k.permute(0, 2, 3, 1))
-    absorbed = _rows(k @ _by_head(attention, attention.q_proj.weight)).transpose(1, 2)
-    constant = (k * attention.q_proj.bias.view(attention.num_heads, 1, -1)).sum(3).transpose(1, 2).flatten(1)
+        return Write(*rest, queries=first.queries, keys=by_head.transpose(2, 3))
+    absorbed = _absorb(attention, k, attention.q_proj.weight).transpose(1, 2)
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    constant = (by_head.to(dtype) * attention.q_proj.bias.view(attention.num_heads, -1)).sum(3).flatten(1)
     return Write(*rest, absorbed_keys=absorbed, constant=constant)
 
 
@@ -157,9 +161,12 @@ def _scale(attention: Attention) -> float:
     return (attention.internal_dim // attention.num_heads) ** -0.5
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[N, h, T, C] -> [N, T h, C]."""
-    return x.transpose(1, 2).flatten(1, 2)
+def _absorb(attention: Attention, x: Tensor, weight: Tensor) -> Tensor:
+    """Tokens [N, T, h d] times a weight [h d, C], head by head: [N, T h, C]."""
+    N, T, width = x.shape
+    heads = attention.num_heads
+    by_head = x.reshape(N * T, heads, width // heads).transpose(0, 1)  # [h, N T, d]
+    return (by_head @ _by_head(attention, weight)).transpose(0, 1).reshape(N, T * heads, weight.shape[1])
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:
