@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from sam_fast.watch import Derived
 
 FORMAT_VERSION = 1
 _SAMPLES_PER_TENSOR = 16
@@ -138,9 +139,7 @@ class ImageEmbedding:
             raise ValueError(f"{path} is not a readable image embedding: {error!r}") from error
 
 
-_fingerprints: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = (
-    weakref.WeakKeyDictionary()
-)
+_fingerprints = Derived()
 
 
 def model_fingerprint(encoder: nn.Module) -> str:
@@ -150,11 +149,10 @@ def model_fingerprint(encoder: nn.Module) -> str:
     milliseconds, and does not notice an edit of single values between those. It is remembered until a parameter is
     replaced or changed in place. `torch.compile` does not change it.
     """
-    weights = _named_weights(encoder)
-    key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for _, t in weights)
-    known = _fingerprints.get(encoder)
-    if known is not None and known[0] == key:
-        return known[1]
+    return _fingerprints.of(encoder, "fingerprint", lambda: _fingerprint(_named_weights(encoder)))
+
+
+def _fingerprint(weights: list[tuple[str, torch.Tensor]]) -> str:
     samples = [torch.zeros(0)]
     digest = hashlib.sha256()
     for name, tensor in weights:
@@ -162,9 +160,7 @@ def model_fingerprint(encoder: nn.Module) -> str:
         flat = (tensor.dequantize() if tensor.is_quantized else tensor).detach().reshape(-1)
         samples.append(flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR].float())
     digest.update(torch.cat([sample.to(samples[-1].device) for sample in samples]).cpu().numpy().tobytes())
-    fingerprint = digest.hexdigest()[:16]
-    _fingerprints[encoder] = (key, fingerprint)
-    return fingerprint
+    return digest.hexdigest()[:16]
 
 
 def _named_weights(encoder: nn.Module) -> list[tuple[str, torch.Tensor]]:
