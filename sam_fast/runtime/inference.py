@@ -24,7 +24,7 @@ from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
 from sam_fast.runtime.packed_encoder import PackedEncoder, can_pack
 from sam_fast.runtime.plain import is_untouched, is_untouched_throughout
 from sam_fast.runtime.precision import format_beside, resolve_precision
-from sam_fast.runtime.streams import Ready
+from sam_fast.runtime.streams import FirstRows, Ready
 from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
@@ -272,8 +272,8 @@ class InferenceRuntime:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Decode with multimask output, but only masks whose predicted IoU is above the threshold (None: all).
 
-        The IoU head reads tokens alone, so prompts without such a mask are never upscaled. On a GPU the host waits only
-        at the end, to learn how many masks there are.
+        The IoU head reads tokens alone, so prompts without such a mask are never upscaled. On a GPU the host launches
+        the next prompts before it knows how many these are.
 
         Returns:
             logits [K, 4s, 4s], predicted IoUs [K], and the prompt of each mask [K] int64; ordered by prompt, then mask.
@@ -284,24 +284,26 @@ class InferenceRuntime:
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
 
-        def decode(inputs: _DecoderInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = FirstRows()
+
+        def decode(inputs: _DecoderInputs) -> tuple[torch.Tensor | None, torch.Tensor]:
             mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
             scores = iou[:, 1:].float()
             keep = _above(scores, iou_threshold)
             chosen = range(1, decoder.num_mask_tokens)
             if inputs.packed is not None:
-                return self._masks_from(mask_tokens, image, chosen, inputs, _rows_in_order(keep)), scores
+                kept.add(self._masks_from(mask_tokens, image, chosen, inputs, _rows_in_order(keep)), keep.sum())
+                return None, scores
             rows = keep.any(dim=1)
             if not rows.all():  # else there is no need for a copy of the images
                 mask_tokens, image = mask_tokens[rows], image[rows]
             return self._masks_from(mask_tokens, image, chosen, inputs)[keep[rows]].float(), scores
 
         logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
-        counts = torch.stack([_above(some, iou_threshold).sum() for some in scores]).tolist()
+        all_logits = kept.concatenated() if logits[0] is None else torch.cat(logits)
         all_scores = torch.cat(scores)
         keep = _above(all_scores, iou_threshold)
-        kept_logits = torch.cat([some[:count] for some, count in zip(logits, counts, strict=True)])
-        return kept_logits, all_scores[keep], keep.nonzero()[:, 0]
+        return all_logits, all_scores[keep], keep.nonzero()[:, 0]
 
     def _decode_each(
         self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]

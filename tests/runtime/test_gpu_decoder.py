@@ -15,7 +15,7 @@ from sam_fast.modeling import MaskDecoder, Sam
 from sam_fast.runtime import inference
 from sam_fast.runtime.inference import InferenceRuntime, Prompts
 from sam_fast.runtime.packed_decoder import PackedDecoder, can_pack
-from sam_fast.runtime.streams import Ready
+from sam_fast.runtime.streams import FirstRows, Ready
 from sam_fast.runtime.two_way import project_first_layer, two_way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,12 +196,12 @@ def test_decoding_equals_the_plain_decoder(kind, multimask, model, embedding, pa
 @pytest.mark.parametrize("threshold", [None, 0.9, 10.0])
 @pytest.mark.parametrize("kind", ["points", "masks"])
 def test_filtered_equals_all_then_filter(kind, threshold, model, embedding, packs):
-    prompts = prompts_of(kind, 18)
+    prompts = prompts_of(kind, 66 if kind == "points" else 18)
     expected, iou = official(model, embedding, prompts, True)
     keep = torch.ones_like(iou, dtype=torch.bool) if threshold is None else iou > threshold
     assert threshold != 0.9 or 0 < keep.sum() < keep.numel()
     logits, scores, prompt = InferenceRuntime(model, "fp32").decode_filtered(embedding, prompts, threshold)
-    assert packs == [16, 2]
+    assert packs == ([16, 16, 16, 16, 2] if kind == "points" else [16, 2])
     assert torch.equal(prompt, keep.nonzero()[:, 0])
     torch.testing.assert_close(scores, iou[keep], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(logits, expected[keep], rtol=0, atol=TOLERANCE * float(expected.abs().max()))
@@ -299,3 +299,13 @@ def test_what_is_kept_waits_for_the_stream_that_made_it(model, embedding):
 
 def test_nothing_to_wait_for_on_a_cpu():
     Ready(torch.device("cpu")).wait([torch.zeros(1)])
+
+
+@pytest.mark.parametrize("counts", [[2], [0, 3, 1, 3, 0]])
+def test_first_rows(counts):
+    kept, tensors = FirstRows(), [torch.rand(3, 2, device=DEVICE) for _ in counts]
+    for rows, count in zip(tensors, counts, strict=True):
+        kept.add(rows, torch.tensor(count, device=DEVICE))
+    assert torch.equal(
+        kept.concatenated(), torch.cat([rows[:count] for rows, count in zip(tensors, counts, strict=True)])
+    )
