@@ -59,10 +59,10 @@ def upscale(
         rows: int32 [N, M], which of the K rows a mask goes to, -1 for none; or None for the K = N M masks in order.
         image: [N, P, C], P = h w.
         width: w.
-        first: weight [4 C1, C] and bias [C1]. All of these are contiguous and, with image and classifiers, of one type.
+        first: weight [4 C1, C] and bias [C1]. All of these are contiguous and, with the image, of one type.
         norm: weight and bias [C1], epsilon.
         second: weight [4 C2, C1] and bias [C2].
-        classifiers: [N, M, C2].
+        classifiers: float32 [N, M, C2].
     """
     N, M, _ = classifiers.shape
     P, C = image.shape[1:]
@@ -91,7 +91,7 @@ def upscale_kernel(
     eps,
     second_weight,  # [4 C2, C1]
     second_bias,  # [C2]
-    classifiers,  # [N, M, C2]
+    classifiers,  # float32 [N, M, C2]
     P,
     width,
     M,
@@ -117,8 +117,11 @@ def upscale_kernel(
     out = tl.arange(0, 2 * MASKS)[None, :]
     at = classifiers + (prompt * M + out // 2) * C2 + pair % C2
     hyper = tl.load(at, mask=(out // 2 < M) & (pair // C2 == out % 2), other=0.0)
-    if WIDENED:
-        hyper = hyper.to(tl.float32)
+    low = hyper
+    if not (EXACT or WIDENED):  # two numbers of half precision for each, lest all of a mask's logits be off together
+        high = hyper.to(first_weight.dtype.element_ty)
+        low = (hyper - high.to(tl.float32)).to(high.dtype)
+        hyper = high
     to = logits + row * (16 * P)
 
     first = tl.program_id(1) * tiles_each
@@ -138,7 +141,10 @@ def upscale_kernel(
                 b = tl.dot(a, _matrix(second_weight, down * 2 * C2, C1, 2 * C2), input_precision="ieee")
                 bias = tl.load(second_bias + tl.arange(0, 2 * C2) % C2).to(tl.float32)
                 b = _gelu(b, bias[None, :], EXACT).to(hyper.dtype)
-                masks = tl.reshape(tl.dot(b, hyper, input_precision="ieee"), [PIXELS, MASKS, 2])
+                masks = tl.dot(b, hyper, input_precision="ieee")
+                if not (EXACT or WIDENED):
+                    masks = tl.dot(b, low, masks)
+                masks = tl.reshape(masks, [PIXELS, MASKS, 2])
                 here = corner + (square // 2 * 2 + down) * (4 * width) + square % 2 * 2
                 addresses = to[None, :, None] + here[:, None, None] + tl.arange(0, 2)[None, None, :]
                 tl.store(addresses, masks, mask=(p < P)[:, None, None] & (row >= 0)[None, :, None])
@@ -219,8 +225,8 @@ def variants(architecture: int) -> Iterator[Variant]:
 def _variant(architecture: int, dtype: torch.dtype, masks: int, chosen: bool) -> Variant:
     launch = upscale_launch(architecture, dtype)
     kind, exact = TRITON_TYPES[dtype], dtype == torch.float32
-    names = ("image", "first_weight", "first_bias", "second_weight", "second_bias", "classifiers")
-    signature = {"logits": "*fp32:16", **dict.fromkeys(names, f"*{kind}:16"), "eps": "fp32"}
+    names = ("image", "first_weight", "first_bias", "second_weight", "second_bias")
+    signature = {"logits": "*fp32:16", "classifiers": "*fp32:16", **dict.fromkeys(names, f"*{kind}:16"), "eps": "fp32"}
     signature |= {"norm_weight": "*fp32:16", "norm_bias": "*fp32:16", "P": "i32:16", "width": "i32:16"}
     signature |= {"M": "i32", "tiles_each": "i32"}
     constants = _constants(MOST_CHANNELS, masks, dtype, launch)

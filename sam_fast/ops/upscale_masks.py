@@ -50,8 +50,8 @@ def upscale_masks(
         rows: which masks are wanted, and where: int32 [N, M], the row of the result that each goes to, no two the same,
             or -1. Prompts without a wanted mask cost nothing, and with Triton nobody waits to learn which these are.
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
-            half precision, the same for image, classifiers and all weights but those of the LayerNorm, of 64, 128 or
-            256 channels to a quarter and an eighth, and up to 16 masks. What they do not take, auto leaves to PyTorch.
+            half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
+            to a quarter and an eighth, and up to 16 masks. What they do not take, auto leaves to PyTorch.
 
     Returns:
         [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is undefined.
@@ -99,9 +99,10 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
 def _possible_backend(backend: str, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> str:
     """`backend`, or torch instead of auto where the one that auto would take cannot take these."""
     C, M = image.shape[3], classifiers.shape[1]
-    factors = image, classifiers, *upscaling[:2], *upscaling[5:]
+    factors = image, *upscaling[:2], *upscaling[5:]
     dtypes = {x.dtype for x in factors if isinstance(x, Tensor)}
-    native_fits = C % 8 == 0 and dtypes | {upscaling.norm_weight.dtype, upscaling.norm_bias.dtype} == {torch.float32}
+    others = {classifiers.dtype, upscaling.norm_weight.dtype, upscaling.norm_bias.dtype}
+    native_fits = C % 8 == 0 and dtypes | others == {torch.float32}
     triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
     if backend == "native" and not native_fits:
         raise ValueError("the native upscale_masks takes float32 and channels in eights")
@@ -163,7 +164,7 @@ def _launch(image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tens
             image.contiguous().flatten(1, 2),
             image.shape[2],
             *(tuple(weights[:2]), tuple(weights[2:5]), tuple(weights[5:])),
-            classifiers.contiguous(),
+            classifiers.float().contiguous(),
         )
     return logits
 

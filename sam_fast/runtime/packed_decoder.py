@@ -67,12 +67,13 @@ class PackedDecoder:
         self.upscaling = Upscaling(*in_dtype)._replace(  # type: ignore[arg-type]
             norm_weight=upscaling.norm_weight, norm_bias=upscaling.norm_bias
         )
-        # The perceptrons that make classifiers of mask tokens, all at once: [M, C_in, C_out] and [M, 1, C_out].
+        # The perceptrons that make classifiers of mask tokens, all at once: [M, C_in, C_out] and [M, 1, C_out]. In
+        # float32, of which there is little: a rounded classifier is wrong for all pixels alike.
         mlps = cast(list[MLP], list(self.decoder.output_hypernetworks_mlps))
         self.perceptrons = []
         for layers in zip(*(cast(list[nn.Linear], list(mlp.layers)) for mlp in mlps), strict=True):
-            weights = torch.stack([layer.weight.T for layer in layers]).to(dtype)
-            self.perceptrons.append((weights, torch.stack([layer.bias[None] for layer in layers]).to(dtype)))
+            weights = torch.stack([layer.weight.T for layer in layers])
+            self.perceptrons.append((weights, torch.stack([layer.bias[None] for layer in layers])))
 
     def project_first_layer(self, image: Tensor, pe: Tensor) -> FirstLayer:
         """What the first layer makes of an image X [1, P, C] that all prompts share; pe is [1, P, C]."""
@@ -115,7 +116,7 @@ class PackedDecoder:
             [N, M, 4h, 4w], or with rows [N M, 4h, 4w].
         """
         which = slice(chosen.start, chosen.stop)
-        x = mask_tokens[:, which].transpose(0, 1).to(self.dtype)  # [M, N, C]
+        x = mask_tokens[:, which].transpose(0, 1).float()  # [M, N, C]
         for index, (weights, bias) in enumerate(self.perceptrons):
             x = torch.baddbmm(bias[which], F.relu(x) if index else x, weights[which])
         image = pixels.unflatten(1, size)

@@ -84,7 +84,7 @@ def test_stem_and_folding_neck():
     expected = encoder(images)
     assert can_pack(encoder)
     assert relative_error(PackedEncoder(encoder, torch.float32)(images), expected) <= 1e-5
-    assert relative_error(PackedEncoder(encoder, torch.bfloat16)(images), expected) <= 2e-2
+    assert relative_error(PackedEncoder(encoder, torch.bfloat16)(images), expected) <= 4e-3
 
 
 @torch.no_grad()
