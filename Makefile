@@ -1,6 +1,7 @@
 # make demo   set up, then automatic masks of a photo as an overlay picture
 # make test   set up, then lint and the whole test suite
 # make asan   the operations' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize-cuda   those of the CUDA operations under compute-sanitizer, on a machine with a GPU
 #
 # PYTHON=python3.12          another interpreter for the virtual environment
 # TORCH_ARGS="--index-url ..." where pip looks for torch, e.g. PyTorch's CPU index; by default what pip is configured with
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: setup demo test lint format bench asan clean
+.PHONY: setup demo test lint format bench asan sanitize-cuda clean
 
 setup: $(STAMP)
 
@@ -48,7 +49,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h
 
 bench: setup
 	$(BIN)/python -m benchmarks.postprocess
@@ -57,6 +58,9 @@ bench: setup
 # The native operations under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 asan: setup
 	$(BIN)/python tests/run_sanitized.py
+
+sanitize-cuda: setup
+	$(BIN)/python tests/run_compute_sanitizer.py
 
 clean:
 	rm -rf build dist outputs $(VENV)

@@ -9,6 +9,11 @@
 #include <stdexcept>
 #include <string>
 
+// The most blocks of a grid. Tests set it to a few, so that blocks have more than one thing to do.
+#if !defined(SAM_FAST_MOST_BLOCKS)
+#define SAM_FAST_MOST_BLOCKS std::numeric_limits<int32_t>::max()
+#endif
+
 namespace sam_fast {
 
 constexpr int kWarp = 32;
@@ -22,7 +27,7 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream, Arguments... arguments) {
   if (blocks <= 0) return;
-  const int64_t most = std::numeric_limits<int32_t>::max();
+  const int64_t most = SAM_FAST_MOST_BLOCKS;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks < most ? blocks : most));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -20,8 +20,15 @@ _CSRC = _ROOT / "csrc"
 _NAME = "_cuda_emulated"
 # Products and sums are fused only where that is written, as on the GPU (--fmad=false). A fortified longjmp refuses to
 # go to another fiber.
-_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-_FLAGS += ["-DSAM_FAST_CUDA_DEVICE_TYPE=1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+_FLAGS += [
+    "-DSAM_FAST_CUDA_DEVICE_TYPE=1",
+    "-DSAM_FAST_MOST_BLOCKS=5",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 @cache

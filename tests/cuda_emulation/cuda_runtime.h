@@ -2,8 +2,9 @@
 // that the kernels run, thread for thread, on a machine without a GPU.
 //
 // Blocks run one after the other, in random order. The threads of a block are fibers that change places at barriers, at
-// warp operations and now and then at atomics, in random order. What the model of CUDA forbids ends the program with a
-// message: lanes of a warp at different operations, a barrier that some threads miss, threads that wait for ever.
+// warp operations and now and then at atomics, in random order; some warps are held back after a barrier. What the
+// model of CUDA forbids ends the program with a message: a lane that is named in a mask and has ended or waits
+// elsewhere, a barrier that some threads miss.
 #pragma once
 
 #include <setjmp.h>
@@ -66,6 +67,7 @@ struct Block {
   jmp_buf scheduler;
   std::function<void()> kernel;
   std::mt19937 random{1};
+  uint32_t slow_warps = 0;  // those that wait until the others cannot go on; others after each barrier
 };
 inline Block block;
 
@@ -100,6 +102,7 @@ inline void release_barrier() {
   for (unsigned i = 0; i < block.threads; ++i) {
     if (block.fibers[i]->state == State::kAtBarrier) block.fibers[i]->state = State::kReady;
   }
+  block.slow_warps = static_cast<uint32_t>(block.random());
 }
 
 inline void run_block(unsigned threads) {
@@ -118,14 +121,17 @@ inline void run_block(unsigned threads) {
   std::vector<Fiber*> ready;
   for (;;) {
     ready.clear();
-    bool done = true;
+    bool done = true, any = false;
     for (unsigned i = 0; i < threads; ++i) {
       Fiber* fiber = block.fibers[i].get();
-      if (fiber->state == State::kReady) ready.push_back(fiber);
       done &= fiber->state == State::kDone;
+      if (fiber->state != State::kReady) continue;
+      any = true;
+      if ((block.slow_warps >> (i / kLanes) & 1) == 0) ready.push_back(fiber);
     }
     if (done) return;
-    if (ready.empty()) fail("all threads wait: a barrier or warp operation that some of them miss");
+    if (!any) fail("all threads wait: at a barrier, or at different warp operations");
+    if (ready.empty()) block.slow_warps = 0;
     std::shuffle(ready.begin(), ready.end(), block.random);
     for (Fiber* fiber : ready) {
       resume(fiber);
@@ -149,9 +155,8 @@ inline const uint64_t* exchange(unsigned mask, uint64_t value, const char* name)
     const Fiber* other = first + i < block.threads ? block.fibers[first + i].get() : nullptr;
     if (other == nullptr || other->state == State::kDone) fail("a lane of the mask has ended");
     if (other->state == State::kAtBarrier) fail("a lane of the mask waits at a barrier");
-    const bool here = other->state == State::kAtWarpOperation;
-    if (here && (other->mask != mask || strcmp(other->name, name) != 0)) fail("lanes are at different operations");
-    all &= here;
+    // A lane may still be at the operation before, with another mask.
+    all &= other->state == State::kAtWarpOperation && other->mask == mask && strcmp(other->name, name) == 0;
   }
   if (!all) {
     give_way();
