@@ -80,3 +80,11 @@ class Derived:
         if key not in values:
             values[key] = make()
         return values[key]
+
+
+_stamps = Derived()
+
+
+def stamp(module: nn.Module) -> object:
+    """An object that stays the same one for as long as the module is the same, and is never that of another."""
+    return _stamps.of(module, "stamp", object)

@@ -7,6 +7,7 @@ float32. The image side is `ops.two_way_attention` and `ops.upscale_masks`, the 
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from typing import cast
 
 import torch
@@ -18,6 +19,7 @@ from sam_fast.modeling.layers import MLP, LayerNorm2d, MLPBlock
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock
 from sam_fast.ops.two_way_attention import HEADS
 from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
+from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.plain import is_untouched
 from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
@@ -25,6 +27,9 @@ from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weight
 _PARTS = {MaskDecoder, TwoWayTransformer, TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
 _PARTS |= {nn.Linear, nn.LayerNorm, nn.Embedding, nn.ConvTranspose2d, nn.ReLU, nn.GELU, nn.ModuleList, nn.Sequential}
 _CHANNELS = (64, 128, 256)  # that kernels take
+# Prompts at a time on a GPU. What one kernel leaves to the next is 2 MB per prompt at 1024 px; the token side's many
+# small operations take nearly as long for few prompts as for these.
+MOST_PROMPTS = 64
 
 
 def can_pack(decoder: nn.Module) -> bool:
@@ -55,6 +60,7 @@ class PackedDecoder:
         """
         self.dtype = dtype
         self.backend = backend
+        self._graphs = Graphs(most=12)  # of each number of tokens in use
         self.decoder = copy.deepcopy(decoder).float().requires_grad_(False)
         self.transformer = cast(TwoWayTransformer, self.decoder.transformer)
         for part in self.transformer.modules():
@@ -74,6 +80,55 @@ class PackedDecoder:
         for layers in zip(*(cast(list[nn.Linear], list(mlp.layers)) for mlp in mlps), strict=True):
             weights = torch.stack([layer.weight.T for layer in layers])
             self.perceptrons.append((weights, torch.stack([layer.bias[None] for layer in layers])))
+
+    def decode(
+        self, first: FirstLayer, pe: Tensor, sparse: Tensor, size: torch.Size, chosen: range
+    ) -> tuple[Tensor, Tensor]:
+        """All chosen masks of prompts on an image that they share, and their predicted IoU.
+
+        Args:
+            first, pe, sparse: as for `predict_tokens`.
+            size, chosen: as for `masks_from`.
+
+        Returns:
+            logits [N, M, 4h, 4w] and IoU [N, M], float32.
+        """
+
+        def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+            mask_tokens, pixels, iou = self.predict_tokens(FirstLayer(*tensors[:4]), *tensors[4:])
+            return self.masks_from(mask_tokens, pixels, size, chosen), iou[:, chosen.start : chosen.stop]
+
+        logits, iou = self._replayed((size, chosen), run, *first, pe, sparse)
+        return logits, iou
+
+    def decode_filtered(
+        self, first: FirstLayer, pe: Tensor, sparse: Tensor, size: torch.Size, threshold: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks for ambiguous prompts whose predicted IoU is above the threshold (None: all); nobody waits for it.
+
+        Args: as for `decode`.
+
+        Returns:
+            logits [N M, 4h, 4w], first those that are wanted, by prompt and mask, and then what is undefined;
+            predicted IoU of all [N, M]; and the number of those that are wanted.
+        """
+        chosen = range(1, self.decoder.num_mask_tokens)
+
+        def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mask_tokens, pixels, iou = self.predict_tokens(FirstLayer(*tensors[:4]), *tensors[4:])
+            scores = iou[:, 1:]
+            wanted = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
+            rows = torch.where(wanted, wanted.flatten().cumsum(0).view_as(wanted) - 1, -1).int()
+            return self.masks_from(mask_tokens, pixels, size, chosen, rows), scores, wanted.sum()
+
+        logits, scores, count = self._replayed((size, threshold), run, *first, pe, sparse)
+        return logits, scores, count
+
+    def _replayed(self, key: Hashable, run: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What `run` returns: by a graph for a single prompt and for as many as come at a time, which are met again."""
+        if len(tensors[-1]) in (1, MOST_PROMPTS):
+            return self._graphs(key, run, *tensors)
+        return run(*tensors)
 
     def project_first_layer(self, image: Tensor, pe: Tensor) -> FirstLayer:
         """What the first layer makes of an image X [1, P, C] that all prompts share; pe is [1, P, C]."""

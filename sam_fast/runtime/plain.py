@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+PACKED_ON = {"cuda"}  # device types for which encoder and decoder are packed
+
+
+def is_packed_on(device_type: str) -> bool:
+    """Whether the plain encoder and decoder run as `PackedEncoder` and `PackedDecoder` on devices of this type."""
+    return device_type in PACKED_ON
+
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether calling `module` does what its class says: no hooks, no `forward` of its own, not compiled."""

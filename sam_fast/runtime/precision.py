@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch import nn
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -46,6 +49,32 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 def format_beside(dtype: torch.dtype) -> torch.dtype:
     """Where the encoder's linear layers have 8 bits, the format of everything else; else `dtype` itself."""
     return _BESIDE.get(dtype, dtype)
+
+
+def autocast(precision: str, device: torch.device, weights: torch.dtype) -> AbstractContextManager[object]:
+    """The number format of modules that run as they are.
+
+    Args:
+        precision: see `resolve_precision`.
+        device: where they run.
+        weights: the format of their weights; with auto, a narrower one than float32 is kept.
+
+    Raises:
+        RuntimeError: float32 was asked for of narrower weights.
+    """
+    dtype = format_beside(resolve_precision(precision, device))
+    if precision == "auto" and weights != torch.float32:
+        return nullcontext()
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    if weights.itemsize < 4:
+        raise RuntimeError(f"precision {precision!r} needs float32 weights, got {weights}; use 'auto' or model.float()")
+    return nullcontext()
+
+
+def weight_dtype(stage: nn.Module) -> torch.dtype:
+    """The number format of a stage's weights; float32 if it has none."""
+    return next((p.dtype for p in stage.parameters() if p.is_floating_point()), torch.float32)
 
 
 def advice_for_cpu() -> str:

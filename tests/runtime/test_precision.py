@@ -14,7 +14,8 @@ from torch import nn
 
 from sam_fast import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from sam_fast.cli.demo import NANO_SETTINGS
-from sam_fast.runtime import InferenceRuntime, inference, resolve_precision
+from sam_fast.runtime import InferenceRuntime, decoding, inference, plain, resolve_precision
+from sam_fast.runtime import precision as precisions
 from sam_fast.runtime.linears import BFloat16Linear, Int8Linear
 from sam_fast.runtime.precision import advice_for_cpu
 
@@ -140,11 +141,12 @@ def test_masks_of_trained_weights_stay(precision, least, counts, nano):
 @pytest.mark.parametrize("precision, least, counts", [("bf16", 0.99, 0.02), ("fp8", 0.97, 0.05)])
 def test_masks_of_trained_weights_stay_with_the_encoder_for_gpus(precision, least, counts, nano, monkeypatch):
     """Its arithmetic, on whatever device there is."""
-    monkeypatch.setattr(inference, "_PACKS_ON", {"cuda", "cpu"})
+    monkeypatch.setattr(plain, "PACKED_ON", {"cuda", "cpu"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     if not torch.cuda.is_available():
         dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-        monkeypatch.setattr(inference, "resolve_precision", lambda name, device: dtype.get(name, torch.float32))
+        for module in (inference, decoding, precisions):
+            monkeypatch.setattr(module, "resolve_precision", lambda name, device: dtype.get(name, torch.float32))
     check_masks(precision, least, counts, nano)
 
 

@@ -1,0 +1,324 @@
+"""The way of prompts through the mask decoder, the cheapest that gives what its modules would.
+
+Three ways: a `PackedDecoder` on a GPU; `two_way` and `upscale_masks` over the decoder's own weights on a CPU; and the
+modules themselves, wherever somebody listens, has put in something else, or asks for very many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sam_fast.embedding import ImageEmbedding
+from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
+from sam_fast.ops.backend import unavailable_reason
+from sam_fast.runtime.kept import Kept
+from sam_fast.runtime.packed_decoder import MOST_PROMPTS, PackedDecoder
+from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
+from sam_fast.runtime.plain import is_packed_on, is_untouched, is_untouched_throughout
+from sam_fast.runtime.precision import autocast, format_beside, resolve_precision, weight_dtype
+from sam_fast.runtime.streams import FirstRows
+from sam_fast.runtime.threads import in_threads
+from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
+from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
+from sam_fast.watch import stamp
+
+_Made = TypeVar("_Made")
+
+# Prompts that go through the mask decoder together. One prompt's image stream is 4 MB at 1024 px, several of which are
+# in use at a time: on a CPU more prompts leave the cache and are slower each.
+_MOST_PROMPTS_ON_CPU = 4
+
+
+class Prompts(NamedTuple):
+    """N prompts on one image, in the frame of the model's input (the resized image, in pixels).
+
+    Attributes:
+        points: [N, K, 2] XY, or None.
+        labels: [N, K], 1 foreground, 0 background, -1 padding; None without points.
+        boxes: [N, 4] XYXY, or None.
+        masks: [N, 1, 4s, 4s] logits of an earlier prediction, or None.
+        extra_tokens: [N, K', C] embeddings appended to the prompt's tokens, or None.
+    """
+
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    boxes: Tensor | None = None
+    masks: Tensor | None = None
+    extra_tokens: Tensor | None = None
+
+
+class _DecoderInputs(NamedTuple):
+    """Image embedding [1, C, h, w], its encoding [1, C, h, w], sparse [N, T, C] and dense [N or 1, C, h, w] prompts."""
+
+    features: Tensor
+    pe: Tensor
+    sparse: Tensor
+    dense: Tensor
+    no_masks: bool
+    plain: bool  # the decoder is, and on a CPU
+    packed: PackedDecoder | None = None  # what decodes them on a GPU
+
+    @property
+    def size(self) -> torch.Size:
+        """(h, w)."""
+        return self.features.shape[-2:]
+
+    def official(self) -> tuple[Tensor, ...]:
+        """The arguments of a mask decoder."""
+        return self[:4]
+
+
+class Decoding:
+    """The mask decoder of a model in one precision."""
+
+    def __init__(self, model: Sam, precision: str, backend: str) -> None:
+        """
+        Args: as of `InferenceRuntime`.
+        """
+        self.model = model
+        self.precision = precision
+        self.backend = backend  # of operations inside the model, which formats or shapes may rule out
+        self._kept = Kept(lambda: model.device)
+
+    # -- stages
+
+    def decode(self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool) -> tuple[Tensor, Tensor]:
+        """Low-resolution logits [N, M, 4s, 4s] and predicted IoUs [N, M], float32."""
+        decoder = self.model.mask_decoder
+
+        def decode(inputs: _DecoderInputs) -> tuple[Tensor, Tensor]:
+            if not _has_stages(decoder):
+                return decoder(*inputs.official(), multimask_output=multimask_output)
+            chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+            if inputs.packed is not None and inputs.no_masks:
+                first, pe = self._first_layer(embedding, inputs), self._packed_pe(inputs)
+                return inputs.packed.decode(first, pe, inputs.sparse, inputs.size, chosen)
+            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            return self._masks_from(mask_tokens, image, chosen, inputs), iou[:, chosen.start : chosen.stop]
+
+        parts = self._decode_each(embedding, prompts, decode)
+        low_res, iou = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
+        return low_res.float(), iou.float()
+
+    def decode_filtered(
+        self, embedding: ImageEmbedding, prompts: Prompts, iou_threshold: float | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of three masks per prompt those above the threshold: logits [K, 4s, 4s], predicted IoUs [K], prompts [K].
+
+        The IoU head reads tokens alone, so prompts without such a mask are never upscaled. On a GPU the host launches
+        the next prompts before it knows how many these are.
+        """
+        decoder = self.model.mask_decoder
+        if not _has_stages(decoder):
+            low_res, iou = self.decode(embedding, prompts, multimask_output=True)
+            keep = _above(iou, iou_threshold)
+            return low_res[keep], iou[keep], keep.nonzero()[:, 0]
+
+        kept = FirstRows()
+
+        def decode(inputs: _DecoderInputs) -> tuple[Tensor | None, Tensor]:
+            if inputs.packed is not None and inputs.no_masks:
+                first, pe = self._first_layer(embedding, inputs), self._packed_pe(inputs)
+                rows, scores, count = inputs.packed.decode_filtered(
+                    first, pe, inputs.sparse, inputs.size, iou_threshold
+                )
+                kept.add(rows, count)
+                return None, scores
+            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            scores = iou[:, 1:].float()
+            keep = _above(scores, iou_threshold)
+            rows = keep.any(dim=1)
+            if not rows.all():  # else there is no need for a copy of the images
+                mask_tokens, image = mask_tokens[rows], image[rows]
+            chosen = range(1, decoder.num_mask_tokens)
+            return self._masks_from(mask_tokens, image, chosen, inputs)[keep[rows]].float(), scores
+
+        logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
+        all_logits = kept.concatenated() if logits[0] is None else torch.cat(logits)
+        all_scores = torch.cat(scores)
+        keep = _above(all_scores, iou_threshold)
+        return all_logits, all_scores[keep], keep.nonzero()[:, 0]
+
+    # -- prompts, a few at a time
+
+    def _decode_each(
+        self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
+    ) -> list[_Made]:
+        """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
+        decoder = self.model.mask_decoder
+        packed = self._packed_decoder()
+        if packed is not None:
+            inputs = list(self._decoder_inputs(embedding, prompts, packed=packed))
+            if self._few_tokens(packed.decoder, inputs[0]):
+                return [decode(some) for some in inputs]
+        plain = _has_stages(decoder) and self._plain_on_cpu(decoder)
+        with self._decoder_format(plain):
+            inputs = list(self._decoder_inputs(embedding, prompts, plain))
+            absorbs = _has_stages(decoder) and self._absorbs(decoder, inputs[0])
+            if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
+                return [decode(some) for some in inputs]
+            if inputs[0].no_masks:
+                self._first_layer(embedding, inputs[0])  # once, before several threads find it missing
+            return in_threads(decode, inputs)
+
+    def _packed_decoder(self) -> PackedDecoder | None:
+        """The decoder for a GPU, made anew when a weight changes; None where this one must run as it is."""
+        decoder, device_type = self.model.mask_decoder, self.model.device.type
+        if not is_packed_on(device_type) or self.backend == "torch" or torch.is_autocast_enabled(device_type):
+            return None
+        if unavailable_reason("two_way_attention", "triton", device_type) is not None:
+            return None
+
+        def pack() -> PackedDecoder | None:
+            weights = weight_dtype(decoder)
+            dtype = format_beside(resolve_precision(self.precision, self.model.device))
+            if weights != torch.float32:
+                if self.precision != "auto" or weights not in (torch.bfloat16, torch.float16):
+                    return None
+                dtype = weights
+            return PackedDecoder(decoder, dtype, self.backend) if can_pack_decoder(decoder) else None
+
+        return self._kept.of("packed decoder", pack, self.precision, stamp(decoder))
+
+    def _decoder_inputs(
+        self, embedding: ImageEmbedding, prompts: Prompts, plain: bool = False, packed: PackedDecoder | None = None
+    ) -> Iterator[_DecoderInputs]:
+        """What the mask decoder reads, for a few prompts at a time."""
+        embedding.wait()
+        model = self.model
+        dtype = weight_dtype(model.mask_decoder)
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        masks = None if prompts.masks is None else prompts.masks.to(dtype)
+        extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
+        sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
+        features, pe = embedding.features.to(dtype), self._image_pe()
+        step = max(1, len(sparse))
+        if packed is not None:
+            step = min(MOST_PROMPTS, step)
+        elif features.device.type == "cpu":
+            step = min(_MOST_PROMPTS_ON_CPU, -(-step // torch.get_num_threads()))
+        for start in range(0, max(1, len(sparse)), step):
+            some = slice(start, start + step)
+            dense_of_some = dense if len(dense) == 1 else dense[some]
+            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, plain, packed)
+
+    def _decoder_format(self, plain: bool) -> AbstractContextManager:
+        """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
+        decoder = self.model.mask_decoder
+        if plain and can_absorb(decoder.transformer) and weight_dtype(decoder) == torch.float32:
+            return nullcontext()
+        return autocast(self.precision, self.model.device, weight_dtype(decoder))
+
+    # -- the ways
+
+    def _predict_tokens(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
+        decoder = self.model.mask_decoder
+        assert isinstance(decoder, MaskDecoder)
+        if inputs.packed is None and not self._absorbs(decoder, inputs):
+            return decoder.predict_tokens(*inputs.official())
+        pe = _pixels(inputs.pe)
+        image: Tensor | FirstLayer
+        if inputs.no_masks:
+            image = self._first_layer(embedding, inputs)
+        else:
+            image = _pixels(inputs.features + inputs.dense)
+            if len(image) != len(inputs.sparse):
+                image = _project(decoder, inputs.packed, image, pe)
+        if inputs.packed is not None:
+            mask_tokens, written, iou = inputs.packed.predict_tokens(image, self._packed_pe(inputs), inputs.sparse)
+        else:
+            tokens, results = decoder.prompt_tokens(inputs.sparse), 1 + decoder.num_mask_tokens
+            assert isinstance(decoder.transformer, TwoWayTransformer)
+            tokens, written = two_way(decoder.transformer, image, pe, tokens, results=results, backend=self.backend)
+            mask_tokens, iou = decoder.read_tokens(tokens)
+        return mask_tokens, written.transpose(1, 2).unflatten(2, inputs.size), iou
+
+    def _absorbs(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
+        """Whether `two_way` runs these prompts on a CPU."""
+        return inputs.plain and self._few_tokens(decoder, inputs) and can_absorb(decoder.transformer)
+
+    def _few_tokens(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
+        """Whether tokens are so few that projecting the image would cost more."""
+        return 1 + decoder.num_mask_tokens + inputs.sparse.shape[1] <= MOST_TOKENS
+
+    def _masks_from(
+        self,
+        mask_tokens: Tensor,
+        image: Tensor,
+        chosen: range,
+        inputs: _DecoderInputs,
+    ) -> Tensor:
+        """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
+        decoder = self.model.mask_decoder
+        assert isinstance(decoder, MaskDecoder)
+        if inputs.packed is not None:
+            pixels = image.flatten(2).transpose(1, 2)  # as they were
+            return inputs.packed.masks_from(mask_tokens, pixels, image.shape[2:], chosen)
+        if inputs.plain and can_upscale_by_products(decoder.output_upscaling):
+            return masks_by_products(decoder, mask_tokens, image, chosen, self.backend)
+        return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
+
+    def _plain_on_cpu(self, decoder: MaskDecoder) -> bool:
+        """Whether the CPU's ways through a decoder are its own: somebody's subclass may do other things."""
+        on_cpu = decoder.iou_token.weight.device.type == "cpu"
+        return on_cpu and type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
+
+    # -- what is made once
+
+    def _image_pe(self) -> Tensor:
+        """The positional encoding of the image's tokens; channels last, that `_pixels` copies nothing."""
+        encoder = self.model.prompt_encoder
+
+        def encode() -> Tensor:
+            return encoder.get_dense_pe().contiguous(memory_format=torch.channels_last)
+
+        return self._kept.of("image pe", encode, stamp(encoder))
+
+    def _packed_pe(self, inputs: _DecoderInputs) -> Tensor:
+        """The encoding as rows [1, P, C] in the format of the packed decoder."""
+        packed = inputs.packed
+        assert packed is not None
+        encoder = stamp(self.model.prompt_encoder)
+        return self._kept.of("packed pe", lambda: _pixels(inputs.pe).to(packed.dtype), encoder, packed.dtype)
+
+    def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
+        """Projections of an image without mask prompts, kept with it."""
+        decoder, encoder = self.model.mask_decoder, self.model.prompt_encoder
+        assert isinstance(decoder, MaskDecoder)
+
+        def project() -> FirstLayer:
+            image = inputs.features + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+            return _project(decoder, inputs.packed, _pixels(image), _pixels(inputs.pe))
+
+        dtype = None if inputs.packed is None else inputs.packed.dtype
+        device = embedding.device  # alone: what is kept with an embedding must not keep it alive
+        kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
+        return kept.of(dtype, project, stamp(decoder), stamp(encoder))
+
+
+def _pixels(image: Tensor) -> Tensor:
+    """[N, C, h, w] -> [N, h * w, C], contiguous."""
+    return image.flatten(2).transpose(1, 2).contiguous()
+
+
+def _project(decoder: MaskDecoder, packed: PackedDecoder | None, image: Tensor, pe: Tensor) -> FirstLayer:
+    """What the first layer makes of an image X [1, P, C] with encoding [1, P, C]."""
+    if packed is not None:
+        return packed.project_first_layer(image, pe)
+    assert isinstance(decoder.transformer, TwoWayTransformer)
+    return project_first_layer(decoder.transformer, image, pe)
+
+
+def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:
+    """Whether the stages of a decoder may be called one by one: not of somebody's own, or where somebody listens."""
+    return isinstance(decoder, MaskDecoder) and is_untouched(decoder)
+
+
+def _above(scores: Tensor, threshold: float | None) -> Tensor:
+    return torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
