@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +64,24 @@ def _dump(option: str, path: str) -> str:
     return subprocess.run([_CUOBJDUMP, option, path], check=True, capture_output=True, text=True).stdout
 
 
+def compile_file(file: str, architecture: int) -> list[dict[str, Any]]:
+    """Rows of all variants in a file of kernels."""
+    module = importlib.import_module(f"sam_fast.kernels.{file}")
+    return [{"file": file, **compile_ahead(variant, architecture)} for variant in module.variants(architecture)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*", default=FILES)
     parser.add_argument("--architecture", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    for file in arguments.files:
-        module = importlib.import_module(f"sam_fast.kernels.{file}")
-        for architecture in arguments.architecture:
-            for variant in module.variants(architecture):
-                row = {"file": file, **compile_ahead(variant, architecture)}
-                if arguments.json:
-                    print(json.dumps(row), flush=True)
-                else:
-                    print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    tasks = [(file, architecture) for file in arguments.files for architecture in arguments.architecture]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for rows in pool.map(compile_file, *zip(*tasks, strict=True)):
+            for row in rows:
+                line = json.dumps(row) if arguments.json else " ".join(f"{key}={value}" for key, value in row.items())
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
