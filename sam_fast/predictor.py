@@ -210,7 +210,7 @@ class SamPredictor:
         current = self._current(embedding)
         arrays = {"points": point_coords, "labels": point_labels, "boxes": box, "masks": mask_input}
         prompts = to_prompts(arrays, current, self.device)
-        masks, iou, low_res = self._predict(current, prompts, multimask_output, return_logits)
+        masks, iou, low_res = self._predict(current, prompts, multimask_output, return_logits, to_host=True)
         if single_prompt_shape(arrays, masks.shape[0]):
             masks, iou, low_res = masks[0], iou[0], low_res[0]
         return masks.cpu().numpy(), iou.cpu().numpy(), low_res.cpu().numpy()
@@ -293,8 +293,14 @@ class SamPredictor:
     # -- inside
 
     def _predict(
-        self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool, return_logits: bool
+        self,
+        embedding: ImageEmbedding,
+        prompts: Prompts,
+        multimask_output: bool,
+        return_logits: bool,
+        to_host: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `predict_torch` returns; with `to_host`, boolean masks in host memory, where they arrive as bits."""
         low_res, iou = self.runtime.decode(embedding, prompts, multimask_output)
         height, width = embedding.original_size
         if return_logits:
@@ -302,7 +308,7 @@ class SamPredictor:
         else:
             bits = self.runtime.postprocess(embedding, low_res.flatten(0, 1)).bits
             assert bits is not None
-            masks = unpack_masks(bits, width)
+            masks = unpack_masks(bits.cpu() if to_host else bits, width)
         return masks.view(*low_res.shape[:2], height, width), iou, low_res
 
     def _predict_ragged(
@@ -322,7 +328,7 @@ class SamPredictor:
         rows: dict[int, tuple[torch.Tensor, ...]] = {}
         for indices, arrays in groups:
             prompts = to_prompts(arrays, current, self.device)
-            results = self._predict(current, prompts, multimask_output, return_logits)
+            results = self._predict(current, prompts, multimask_output, return_logits, to_host=True)
             for row, index in enumerate(indices):
                 rows[index] = tuple(result[row] for result in results)
         columns = zip(*(rows[i] for i in range(len(rows))), strict=True)
