@@ -13,6 +13,7 @@ from ahead import ARCHITECTURES, FILES
 
 # Bytes of stack that a kernel may spill to on sm_80, whose smaller tiles were measured by nobody yet.
 MOST_STACK_ON_80 = 256
+ABSENT = {("quantise", 80)}  # the format is of sm_89 and later
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -32,7 +33,7 @@ def compiled() -> dict[str, list[dict]]:
 @pytest.mark.parametrize("file", FILES)
 def test_compiles(compiled, file, architecture):
     rows = [row for row in compiled[file] if row["architecture"] == architecture]
-    assert rows, f"kernels/{file}.py has no variants for sm_{architecture}"
+    assert bool(rows) != ((file, architecture) in ABSENT), f"kernels/{file}.py has {len(rows)} variants"
     for row in rows:
         if architecture == 90:
             assert row["stack"] == 0 and row["spills"] == 0, row
