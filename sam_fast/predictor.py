@@ -167,7 +167,7 @@ class SamPredictor:
         """
         side = self.model.image_encoder.img_size
         image = np.zeros((side // 2, side, 3), dtype=np.uint8)
-        for size in batch_sizes:
+        for size in 2 * tuple(batch_sizes):  # the first time compiles, the second records
             embedding = self.encode_images([image] * size)[0]
             for multimask_output in (True, False):
                 for points in (1, 2):

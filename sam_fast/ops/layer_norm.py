@@ -100,7 +100,7 @@ def _layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator: scales are empty without 8 bits, the sum without a delta."""
     tensors = [t for t in (x, weight, bias, shift, delta) if t is not None]
-    y, scales, total = _layer_norm_fake(x, weight, bias, eps, shift, delta, to_e4m3, backend)
+    y, scales, total = _layer_norm_fake(x, delta, to_e4m3, backend)
     if choose_backend("layer_norm", backend, *tensors) == "torch":
         normalised, summed = layer_norm_reference(x, weight, bias, eps, shift, delta)
         total = total if delta is None else summed
@@ -121,16 +121,8 @@ def _layer_norm(
     return y, scales, total
 
 
-def _layer_norm_fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    shift: Tensor | None,
-    delta: Tensor | None,
-    to_e4m3: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    delta, to_e4m3 = rest[-3:-1]
     rows, C = x.shape
     y = x.new_empty(rows, C, dtype=torch.float8_e4m3fn if to_e4m3 else x.dtype)
     scales = x.new_empty(rows if to_e4m3 else 0, 1, dtype=torch.float32)

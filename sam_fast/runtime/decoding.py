@@ -62,6 +62,8 @@ class _DecoderInputs(NamedTuple):
     no_masks: bool
     plain: bool  # the decoder is, and on a CPU
     packed: PackedDecoder | None = None  # what decodes them on a GPU
+    # What prompts without masks have in common: projections of the image, and the encoding as rows [1, P, C].
+    shared: tuple[FirstLayer, Tensor] | None = None
 
     @property
     def size(self) -> torch.Size:
@@ -95,10 +97,9 @@ class Decoding:
             if not _has_stages(decoder):
                 return decoder(*inputs.official(), multimask_output=multimask_output)
             chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-            if inputs.packed is not None and inputs.no_masks:
-                first, pe = self._first_layer(embedding, inputs), self._packed_pe(inputs)
-                return inputs.packed.decode(first, pe, inputs.sparse, inputs.size, chosen)
-            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            if inputs.packed is not None and inputs.shared is not None:
+                return inputs.packed.decode(*inputs.shared, inputs.sparse, inputs.size, chosen)
+            mask_tokens, image, iou = self._predict_tokens(inputs)
             return self._masks_from(mask_tokens, image, chosen, inputs), iou[:, chosen.start : chosen.stop]
 
         parts = self._decode_each(embedding, prompts, decode)
@@ -122,14 +123,13 @@ class Decoding:
         kept = FirstRows()
 
         def decode(inputs: _DecoderInputs) -> tuple[Tensor | None, Tensor]:
-            if inputs.packed is not None and inputs.no_masks:
-                first, pe = self._first_layer(embedding, inputs), self._packed_pe(inputs)
+            if inputs.packed is not None and inputs.shared is not None:
                 rows, scores, count = inputs.packed.decode_filtered(
-                    first, pe, inputs.sparse, inputs.size, iou_threshold
+                    *inputs.shared, inputs.sparse, inputs.size, iou_threshold
                 )
                 kept.add(rows, count)
                 return None, scores
-            mask_tokens, image, iou = self._predict_tokens(embedding, inputs)
+            mask_tokens, image, iou = self._predict_tokens(inputs)
             scores = iou[:, 1:].float()
             keep = _above(scores, iou_threshold)
             rows = keep.any(dim=1)
@@ -155,16 +155,23 @@ class Decoding:
         if packed is not None:
             inputs = list(self._decoder_inputs(embedding, prompts, packed=packed))
             if self._few_tokens(packed.decoder, inputs[0]):
-                return [decode(some) for some in inputs]
+                return [decode(some) for some in self._with_shared(embedding, inputs)]
         plain = _has_stages(decoder) and self._plain_on_cpu(decoder)
         with self._decoder_format(plain):
             inputs = list(self._decoder_inputs(embedding, prompts, plain))
             absorbs = _has_stages(decoder) and self._absorbs(decoder, inputs[0])
+            if absorbs:
+                inputs = self._with_shared(embedding, inputs)
             if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
                 return [decode(some) for some in inputs]
-            if inputs[0].no_masks:
-                self._first_layer(embedding, inputs[0])  # once, before several threads find it missing
             return in_threads(decode, inputs)
+
+    def _with_shared(self, embedding: ImageEmbedding, inputs: list[_DecoderInputs]) -> list[_DecoderInputs]:
+        """Inputs with what they share, looked up once and not for every few prompts."""
+        if not inputs[0].no_masks:
+            return inputs
+        shared = self._first_layer(embedding, inputs[0]), self._rows_of_pe(inputs[0])
+        return [some._replace(shared=shared) for some in inputs]
 
     def _packed_decoder(self) -> PackedDecoder | None:
         """The decoder for a GPU, made anew when a weight changes; None where this one must run as it is."""
@@ -216,22 +223,21 @@ class Decoding:
 
     # -- the ways
 
-    def _predict_tokens(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _predict_tokens(self, inputs: _DecoderInputs) -> tuple[Tensor, Tensor, Tensor]:
         """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
         if inputs.packed is None and not self._absorbs(decoder, inputs):
             return decoder.predict_tokens(*inputs.official())
-        pe = _pixels(inputs.pe)
         image: Tensor | FirstLayer
-        if inputs.no_masks:
-            image = self._first_layer(embedding, inputs)
+        if inputs.shared is not None:
+            image, pe = inputs.shared
         else:
-            image = _pixels(inputs.features + inputs.dense)
+            image, pe = _pixels(inputs.features + inputs.dense), self._rows_of_pe(inputs)
             if len(image) != len(inputs.sparse):
-                image = _project(decoder, inputs.packed, image, pe)
+                image = _project(decoder, inputs.packed, image, _pixels(inputs.pe))
         if inputs.packed is not None:
-            mask_tokens, written, iou = inputs.packed.predict_tokens(image, self._packed_pe(inputs), inputs.sparse)
+            mask_tokens, written, iou = inputs.packed.predict_tokens(image, pe, inputs.sparse)
         else:
             tokens, results = decoder.prompt_tokens(inputs.sparse), 1 + decoder.num_mask_tokens
             assert isinstance(decoder.transformer, TwoWayTransformer)
@@ -247,13 +253,7 @@ class Decoding:
         """Whether tokens are so few that projecting the image would cost more."""
         return 1 + decoder.num_mask_tokens + inputs.sparse.shape[1] <= MOST_TOKENS
 
-    def _masks_from(
-        self,
-        mask_tokens: Tensor,
-        image: Tensor,
-        chosen: range,
-        inputs: _DecoderInputs,
-    ) -> Tensor:
+    def _masks_from(self, mask_tokens: Tensor, image: Tensor, chosen: range, inputs: _DecoderInputs) -> Tensor:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
@@ -280,10 +280,11 @@ class Decoding:
 
         return self._kept.of("image pe", encode, stamp(encoder))
 
-    def _packed_pe(self, inputs: _DecoderInputs) -> Tensor:
-        """The encoding as rows [1, P, C] in the format of the packed decoder."""
+    def _rows_of_pe(self, inputs: _DecoderInputs) -> Tensor:
+        """The encoding as rows [1, P, C], in the format of the packed decoder if there is one."""
         packed = inputs.packed
-        assert packed is not None
+        if packed is None:
+            return _pixels(inputs.pe)
         encoder = stamp(self.model.prompt_encoder)
         return self._kept.of("packed pe", lambda: _pixels(inputs.pe).to(packed.dtype), encoder, packed.dtype)
 
