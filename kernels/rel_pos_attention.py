@@ -61,11 +61,6 @@ def long_launch(architecture: int, dtype: torch.dtype, columns: int, d: int) -> 
     return Launch(queries=64, blocks=1, keys=keys, warps=4, stages=2, boxes=architecture >= 90)
 
 
-def fits(qkv: Tensor) -> bool:
-    """Whether the kernels take qkv [B, H, W, 3, heads, d]: half precision or float32, d a sum of two powers of two."""
-    return qkv.dtype in TRITON_TYPES and _parts(qkv.shape[5]) is not None
-
-
 def rel_pos_attention(
     output: Tensor, qkv: Tensor, rel_pos: tuple[Tensor, Tensor] | None, window: tuple[int, int], scale: float
 ) -> None:
@@ -137,19 +132,10 @@ def _rel_terms(qkv: Tensor, rel_pos: tuple[Tensor, Tensor], window: tuple[int, i
 # -- what a launch and an ahead-of-time compilation have in common
 
 
-def _parts(d: int) -> tuple[int, int] | None:
-    """d as a power of two and, maybe, a smaller one, both at least 16: 80 = 64 + 16."""
-    first = 1 << (d.bit_length() - 1)
-    rest = d - first
-    if first < 16 or rest & (rest - 1) or 0 < rest < 16:
-        return None
-    return first, rest
-
-
 def _widths(d: int) -> dict[str, int]:
-    parts = _parts(d)
-    assert parts is not None
-    return {"D0": parts[0], "D1": parts[1]}
+    """d as a power of two and, maybe, a smaller one: 80 = 64 + 16."""
+    first = 1 << (d.bit_length() - 1)
+    return {"D0": first, "D1": d - first}
 
 
 def _padded(window: tuple[int, int]) -> tuple[int, int]:

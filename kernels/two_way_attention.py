@@ -26,7 +26,7 @@ from sam_fast.kernels.launch import INTERPRETED, LOG2_E, TRITON_TYPES, WIDENED, 
 from torch import Tensor
 
 HEADS = 8
-LEAST_CHANNELS, MOST_CHANNELS = 32, 256
+MOST_CHANNELS = 256
 MOST_ROWS = 128  # that pixels take from
 _HEADS = tl.constexpr(HEADS)
 _LOG2_E = tl.constexpr(LOG2_E)
@@ -57,18 +57,6 @@ def write_launch(architecture: int, dtype: torch.dtype, rows: int) -> Launch:
         return Launch(16, rows, 4)
     warps = 4 if rows <= 64 else 8
     return Launch(64, rows, warps, boxes=True) if architecture >= 90 else Launch(32, rows, warps)
-
-
-def fits(image: Tensor, offered_rows: int) -> bool:
-    """Whether the kernels take images [N, P, C] and that many rows to take from."""
-    P, C = image.shape[1:]
-    return (
-        image.dtype in TRITON_TYPES
-        and LEAST_CHANNELS <= C <= MOST_CHANNELS
-        and C & (C - 1) == 0
-        and P * C < 2**31
-        and offered_rows <= MOST_ROWS
-    )
 
 
 def write(

@@ -7,6 +7,7 @@ one by name either gets it or raises with the reason; `auto` takes the first of 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -53,11 +54,19 @@ def _triton_unavailable_reason(device_type: str) -> str | None:
     return launch.unavailable_reason(device_type)
 
 
-def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> str:
+def choose_backend(
+    operation: str, requested: str, *tensors: torch.Tensor, takes: Mapping[str, str | None] | None = None
+) -> str:
     """Return the backend that runs `operation` on `tensors`.
 
+    Args:
+        operation: a key of `OPERATIONS`.
+        requested: auto, or a backend.
+        tensors: the arguments.
+        takes: backend -> what it takes that these arguments are not, or None if it takes them; auto passes it over.
+
     Raises:
-        ValueError: `requested` is unknown or the tensors lie on different devices.
+        ValueError: `requested` is unknown or does not take the arguments, or the tensors lie on different devices.
         RuntimeError: `requested` was named and cannot run, or a native backend got a tensor that needs a gradient.
     """
     devices = {tensor.device for tensor in tensors}
@@ -65,12 +74,16 @@ def choose_backend(operation: str, requested: str, *tensors: torch.Tensor) -> st
         raise ValueError(f"{operation}: tensors are on different devices: {sorted(map(str, devices))}")
     device_type = devices.pop().type if devices else "cpu"
     candidates = OPERATIONS[operation].get(device_type, ("torch",))
+    takes = takes or {}
     if requested == "auto":
-        backend = next(b for b in candidates if unavailable_reason(operation, b, device_type) is None)
+        fit = (b for b in candidates if takes.get(b) is None)
+        backend = next(b for b in fit if unavailable_reason(operation, b, device_type) is None)
     elif requested in BACKENDS:
         reason = unavailable_reason(operation, requested, device_type)
         if reason is not None:
             raise RuntimeError(reason)
+        if takes.get(requested) is not None:
+            raise ValueError(f"the {requested} {operation} takes {takes[requested]}")
         backend = requested
     else:
         raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, got {requested!r}")

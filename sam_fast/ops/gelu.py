@@ -24,10 +24,6 @@ def gelu_(x: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: the native backend cannot take this tensor.
     """
-    fits = x.dtype == torch.float32 and x.is_contiguous()
-    if backend == "native" and not fits:
-        raise ValueError("the native gelu_ takes contiguous float32")
-    backend = backend if fits else "torch"
     if torch.compiler.is_compiling():
         torch.ops.sam_fast.gelu_(x, backend)
     else:
@@ -36,7 +32,9 @@ def gelu_(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def _gelu(x: Tensor, backend: str) -> None:
-    if choose_backend("gelu", backend, x) == "torch":
+    fits = x.dtype == torch.float32 and x.is_contiguous()
+    takes = {"native": None if fits else "contiguous float32"}
+    if choose_backend("gelu", backend, x, takes=takes) == "torch":
         x.copy_(F.gelu(x))
     else:
         native.module().gelu(x.view(-1), native.num_threads())

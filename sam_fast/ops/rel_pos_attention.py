@@ -16,6 +16,8 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def rel_pos_attention(
     qkv: Tensor,
@@ -96,12 +98,9 @@ def _rel_pos_attention(
     backend: str,
 ) -> Tensor:
     tensors = [x for x in (qkv, bias, rel_h, rel_w) if x is not None]
-    chosen = choose_backend("rel_pos_attention", backend, *tensors)
+    chosen = choose_backend("rel_pos_attention", backend, *tensors, takes=_takes(qkv, bias, tensors, (rows, columns)))
     rel_pos = None if rel_h is None or rel_w is None else (rel_h.contiguous(), rel_w.contiguous())
-    reason = _UNFIT[chosen](qkv, bias, tensors, (rows, columns)) if chosen in _UNFIT else None
-    if reason is not None and backend != "auto":
-        raise ValueError(f"the {chosen} rel_pos_attention takes {reason}")
-    if chosen == "torch" or reason is not None:
+    if chosen == "torch":
         return rel_pos_attention_reference(qkv, bias, rel_pos, (rows, columns), scale).contiguous()
     output, qkv = _rel_pos_attention_fake(qkv), qkv.contiguous()
     if chosen == "triton":
@@ -116,24 +115,21 @@ def _rel_pos_attention(
     return output
 
 
-def _unfit_for_native(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tuple[int, int]) -> str | None:
-    if qkv.shape[5] % 8 or any(x.dtype != torch.float32 for x in tensors):
-        return "float32 and heads as wide as a multiple of 8"
-    return None
-
-
-def _unfit_for_triton(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tuple[int, int]) -> str | None:
-    from sam_fast.kernels import rel_pos_attention as kernels
-
-    if not kernels.fits(qkv) or any(x.dtype != qkv.dtype for x in tensors):
-        return "one type, of half precision or float32, and heads as wide as 16, 32, 48, 64, 80, 96, 128, ..."
-    if bias is not None and (qkv.shape[1] % window[0] or qkv.shape[2] % window[1]):
-        return "no qkv_bias where there is padding"
-    return None
-
-
-# backend -> what it takes that these arguments are not, or None if it takes them
-_UNFIT = {"native": _unfit_for_native, "triton": _unfit_for_triton}
+def _takes(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tuple[int, int]) -> dict[str, str | None]:
+    """Backend -> what it takes that these arguments are not; see `choose_backend`."""
+    _, H, W, _, heads, d = qkv.shape
+    first = 1 << (d.bit_length() - 1)
+    rest = d - first
+    native_fits = d % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
+    one_type = qkv.dtype in _TRITON_TYPES and all(x.dtype == qkv.dtype for x in tensors)
+    triton = None
+    if not one_type or first < 16 or rest & (rest - 1) or 0 < rest < 16:
+        triton = "one type, of half precision or float32, and heads as wide as 16, 32, 48, 64, 80, 96, 128, ..."
+    elif H * W * 3 * heads * d >= 2**31:  # offsets within an image have 32 bits
+        triton = "images of fewer numbers than 2**31"
+    elif bias is not None and (H % window[0] or W % window[1]):
+        triton = "no qkv_bias where there is padding"
+    return {"native": None if native_fits else "float32 and heads as wide as a multiple of 8", "triton": triton}
 
 
 def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:

@@ -88,7 +88,6 @@ def two_way_attention(
         raise ValueError(f"pe must be [{P}, {C}] and absorbed_queries [N, {C}, R]")
     if write is None and absorbed_queries is None:
         return image, None
-    backend = _possible_backend(backend, image, pe, write, absorbed_queries, heads)
     arguments = image, pe, *(write or _NO_WRITE), absorbed_queries, heads, backend
     if torch.compiler.is_compiling():
         written, read = torch.ops.sam_fast.two_way_attention(*arguments)
@@ -120,10 +119,10 @@ def two_way_attention_reference(
     return image.to(dtype), (scores.softmax(2) @ image).to(dtype)
 
 
-def _possible_backend(
-    backend: str, image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None, heads: int
-) -> str:
-    """`backend`, or torch instead of auto where the one that auto would take cannot take these."""
+def _takes(
+    image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None, heads: int
+) -> dict[str, str | None]:
+    """Backend -> what it takes that these arguments are not; see `choose_backend`."""
     C = image.shape[2]
     factors = [image, pe, absorbed_queries]
     if write is not None:
@@ -135,15 +134,13 @@ def _possible_backend(
     if write is not None:
         width = 128 if write.queries is None else write.queries[0].numel()
         triton_fits &= write.offered.shape[1] <= _TRITON_ROWS and width in _TRITON_CHANNELS
-    if backend == "native" and not native_fits:
-        raise ValueError(f"the native two_way_attention takes {HEADS} heads, channels in eights, and float32")
-    if backend == "triton" and not triton_fits:
-        raise ValueError(
-            f"the triton two_way_attention takes {HEADS} heads, {_TRITON_CHANNELS} channels, {_TRITON_ROWS // HEADS} "
-            f"tokens and one of float32, bfloat16, float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
-        )
-    fits = triton_fits if image.is_cuda else native_fits
-    return "torch" if backend == "auto" and not fits else backend
+    triton_fits &= pe.numel() < 2**31  # offsets within an image have 32 bits
+    native = f"{HEADS} heads, channels in eights, and float32"
+    triton = (
+        f"{HEADS} heads, {_TRITON_CHANNELS} channels, {_TRITON_ROWS // HEADS} tokens and one of float32, bfloat16, "
+        f"float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
+    )
+    return {"native": None if native_fits else native, "triton": None if triton_fits else triton}
 
 
 def _widened(
@@ -172,7 +169,8 @@ def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, T
     write = None if parts[0] is None else Write(*parts)
     tensors = [x for x in (image, pe, *parts, absorbed_queries) if isinstance(x, Tensor)]
     written, read = _two_way_attention_fake(image, pe, *rest)
-    chosen = choose_backend("two_way_attention", backend, *tensors)
+    takes = _takes(image, pe, write, absorbed_queries, heads)
+    chosen = choose_backend("two_way_attention", backend, *tensors, takes=takes)
     if chosen == "torch":
         results = two_way_attention_reference(image, pe, write, absorbed_queries, heads)
         return written if write is None else results[0], read if results[1] is None else results[1]

@@ -63,7 +63,6 @@ def upscale_masks(
         raise ValueError(f"got images {list(image.shape)} and classifiers {list(classifiers.shape)} of other weights")
     if rows is not None and (rows.shape != classifiers.shape[:2] or rows.dtype != torch.int32):
         raise ValueError(f"rows must be int32 {list(classifiers.shape[:2])}, got {rows.dtype} {list(rows.shape)}")
-    backend = _possible_backend(backend, image, upscaling, classifiers)
     if torch.compiler.is_compiling():
         return torch.ops.sam_fast.upscale_masks(image, *upscaling, classifiers, rows, backend)
     return _upscale_masks(image, *upscaling, classifiers, rows, backend)
@@ -96,30 +95,30 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
     return pixels.reshape(len(pixels), pixels.shape[1], 4 * h, 4 * w)
 
 
-def _possible_backend(backend: str, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> str:
-    """`backend`, or torch instead of auto where the one that auto would take cannot take these."""
+def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str, str | None]:
+    """Backend -> what it takes that these arguments are not; see `choose_backend`."""
     C, M = image.shape[3], classifiers.shape[1]
     factors = image, *upscaling[:2], *upscaling[5:]
     dtypes = {x.dtype for x in factors if isinstance(x, Tensor)}
     others = {classifiers.dtype, upscaling.norm_weight.dtype, upscaling.norm_bias.dtype}
     native_fits = C % 8 == 0 and dtypes | others == {torch.float32}
     triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
-    if backend == "native" and not native_fits:
-        raise ValueError("the native upscale_masks takes float32 and channels in eights")
-    if backend == "triton" and not triton_fits:
-        raise ValueError(
-            f"the triton upscale_masks takes {_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, "
-            f"bfloat16, float16, got {C}, {M} and {sorted(map(str, dtypes))}"
-        )
-    fits = triton_fits if image.is_cuda else native_fits
-    return "torch" if backend == "auto" and not fits else backend
+    triton = (
+        f"{_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, bfloat16, float16, "
+        f"got {C}, {M} and {sorted(map(str, dtypes))}"
+    )
+    return {
+        "native": None if native_fits else "float32 and channels in eights",
+        "triton": None if triton_fits else triton,
+    }
 
 
 def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:
     *weights, classifiers, rows, backend = rest
     upscaling = Upscaling(*weights)
     tensors = [x for x in (*upscaling, rows) if isinstance(x, Tensor)]
-    chosen = choose_backend("upscale_masks", backend, image, classifiers, *tensors)
+    takes = _takes(image, upscaling, classifiers)
+    chosen = choose_backend("upscale_masks", backend, image, classifiers, *tensors, takes=takes)
     if chosen == "triton":
         return _launch(image, upscaling, classifiers, rows)
     run = upscale_masks_reference if chosen == "torch" else _upscale_natively
