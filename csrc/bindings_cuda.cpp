@@ -107,6 +107,7 @@ int64_t* offsets_of(const TensorView& offsets, int64_t n) {
   return offsets.cuda<int64_t>({n + 1});
 }
 
+// Values of offsets are trusted: they are on the GPU, and the Python operation made or checked them.
 void bind_rle(py::module_& m) {
   m.def("rle_offsets_cuda", [](py::handle offsets_, py::handle columns_, py::handle bits_, int64_t width,
                                int64_t canvas_height, int64_t canvas_width, int64_t x0, int64_t y0,
@@ -128,10 +129,9 @@ void bind_rle(py::module_& m) {
           const uint8_t* in = cuda_bits(bits, {-1, -1, row_bytes(width)});
           const Placement place = checked_placement(bits, width, canvas_height, canvas_width, x0, y0);
           const int64_t n = bits.size(0);
-          rle_ends_cuda(ends.cuda<int64_t>({-1}), ends.size(0), offsets_of(offsets, n),
-                        columns.cuda<int64_t>({n, width + 1}), in, n, place, stream_of(stream));
+          rle_ends_cuda(ends.cuda<int64_t>({-1}), offsets_of(offsets, n), columns.cuda<int64_t>({n, width + 1}), in, n,
+                        place, stream_of(stream));
         });
-  // From here on the offsets' values are trusted: they are on the GPU, and the Python operation made or checked them.
   m.def("rle_counts_cuda", [](py::handle counts_, py::handle ends_, py::handle offsets_, std::uintptr_t stream) {
     const TensorView counts = view(counts_, "counts"), ends = view(ends_, "ends"), offsets = view(offsets_, "offsets");
     const DeviceGuard guard(TensorView::cuda_device({&ends, &counts, &offsets}));
@@ -139,15 +139,16 @@ void bind_rle(py::module_& m) {
     rle_counts_cuda(counts.cuda<int64_t>({ends.size(0)}), in, offsets.cuda<int64_t>({-1}), offsets.size(0) - 1,
                     stream_of(stream));
   });
-  m.def("rle_strings_cuda", [](py::handle arena_, py::handle ends_, py::handle offsets_, std::uintptr_t stream) {
-    const TensorView arena = view(arena_, "arena"), ends = view(ends_, "ends"), offsets = view(offsets_, "offsets");
-    const DeviceGuard guard(TensorView::cuda_device({&ends, &arena, &offsets}));
-    const int64_t* starts = offsets.cuda<int64_t>({-1});
-    int64_t* out = arena.cuda<int64_t>({-1});
-    const int64_t n = offsets.size(0) - 1, head = n + 2;
-    if (n < 0 || arena.size(0) < head) throw std::invalid_argument("arena is too small for the offsets of its strings");
-    rle_strings_cuda(out, 8 * (arena.size(0) - head), ends.cuda<int64_t>({-1}), ends.size(0), starts, n,
-                     stream_of(stream));
+  m.def("rle_strings_cuda", [](py::handle text_, py::handle string_offsets_, py::handle counts_, py::handle offsets_,
+                               std::uintptr_t stream) {
+    const TensorView text = view(text_, "text"), string_offsets = view(string_offsets_, "string_offsets"),
+                     counts = view(counts_, "counts"), offsets = view(offsets_, "offsets");
+    const DeviceGuard guard(TensorView::cuda_device({&counts, &text, &string_offsets, &offsets}));
+    const int64_t* in = counts.cuda<int64_t>({-1});
+    const int64_t n = offsets.numel() - 1;
+    if (n < 0) throw std::invalid_argument("offsets must hold at least one entry");
+    rle_strings_cuda(text.cuda<uint8_t>({-1}), text.size(0), offsets_of(string_offsets, n), in, offsets_of(offsets, n),
+                     n, stream_of(stream));
   });
   m.def("rle_decode_cuda", [](py::handle bits_, py::handle sums_, py::handle offsets_, int64_t width,
                               std::uintptr_t stream) {

@@ -1,9 +1,8 @@
 // A warp walks down 32 columns of a mask: each lane loads one of 32 rows, XOR with the row above marks where runs
 // start, and only rows that have starts (few) are looked at by all lanes, a column each. The first walk counts the
 // starts of each column, sums of the counts say where the codes of a column go, and the second walk writes them:
-// column-major order without a transposition or a sort. A code is kept as the end of its run, so that run lengths, and
-// the differences of run lengths that COCO's string stores, come from neighbours. Sums are int64: a mask may have more
-// than 2**31 pixels.
+// column-major order without a transposition or a sort. A code is kept as the end of its run, so that run lengths come
+// from neighbours. Sums are int64: a mask may have more than 2**31 pixels.
 #include "arithmetic.h"
 #include "launch.cuh"
 #include "packed_masks.h"
@@ -136,51 +135,45 @@ __global__ void __launch_bounds__(kThreads) offsets_kernel(int64_t* offsets, int
   if (threadIdx.x == 0) offsets[0] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
-    ends_kernel(int64_t* ends, int64_t capacity, const int64_t* offsets, const int64_t* columns, const uint32_t* bits,
-                int64_t n, Placement place) {
+__global__ void __launch_bounds__(kThreads) ends_kernel(int64_t* ends, const int64_t* offsets, const int64_t* columns,
+                                                        const uint32_t* bits, int64_t n, Placement place) {
   const int lane = lane_index();
   for_each_group(n, place, [&](int64_t mask, int64_t group) {
     const int64_t x = group * kWarp + lane;
     int64_t at = offsets[mask] + (x <= place.width ? columns[mask * (place.width + 1) + x] : 0);
     const int64_t column_start = (place.x0 + x) * place.canvas_height + place.y0;
     for_each_run_start(mask_bits(bits, place, mask), place, group, [&](int64_t y, uint32_t starts) {
-      if ((starts >> lane & 1) == 0) return;
-      if (at < capacity) ends[at] = column_start + y;
-      ++at;
+      if ((starts >> lane & 1) != 0) ends[at++] = column_start + y;
     });
-    const int64_t last = offsets[mask + 1] - 1;
-    if (x == 0 && last < capacity) ends[last] = place.canvas_height * place.canvas_width;
+    if (x == 0) ends[offsets[mask + 1] - 1] = place.canvas_height * place.canvas_width;
   });
-}
-
-__device__ inline int64_t run_length(const int64_t* ends, int64_t i) {
-  return i == 0 ? ends[0] : ends[i] - ends[i - 1];
-}
-
-// What COCO's string stores for run i of a mask.
-__device__ inline int64_t stored_value(const int64_t* ends, int64_t i) {
-  return run_length(ends, i) - (i > 2 ? run_length(ends, i - 2) : 0);
 }
 
 __global__ void __launch_bounds__(kThreads)
     counts_kernel(int64_t* counts, const int64_t* ends, const int64_t* offsets, int64_t n) {
   for (int64_t mask = blockIdx.x; mask < n; mask += gridDim.x) {
     const int64_t begin = offsets[mask], size = offsets[mask + 1] - begin;
-    for (int64_t i = threadIdx.x; i < size; i += kThreads) counts[begin + i] = run_length(ends + begin, i);
+    for (int64_t i = threadIdx.x; i < size; i += kThreads) {
+      counts[begin + i] = i == 0 ? ends[begin] : ends[begin + i] - ends[begin + i - 1];
+    }
   }
 }
 
+// ---- COCO's strings.
+
+// What the string stores for run i of a mask.
+__device__ inline int64_t stored_value(const int64_t* counts, int64_t i) {
+  return i > 2 ? counts[i] - counts[i - 2] : counts[i];
+}
+
 // sizes [N]: the characters of each mask's string. A block each.
-__global__ void __launch_bounds__(kThreads) sizes_kernel(int64_t* runs, int64_t* sizes, const int64_t* ends,
-                                                         int64_t capacity, const int64_t* offsets, int64_t n) {
-  const int64_t all = offsets[n];
-  if (blockIdx.x == 0 && threadIdx.x == 0) *runs = all;
+__global__ void __launch_bounds__(kThreads)
+    sizes_kernel(int64_t* sizes, const int64_t* counts, const int64_t* offsets, int64_t n) {
   for (int64_t mask = blockIdx.x; mask < n; mask += gridDim.x) {
-    const int64_t begin = offsets[mask], size = all <= capacity ? offsets[mask + 1] - begin : 0;
+    const int64_t begin = offsets[mask], size = offsets[mask + 1] - begin;
     int64_t characters = 0;
     for (int64_t i = threadIdx.x; i < size; i += kThreads) {
-      characters += count_characters(stored_value(ends + begin, i));
+      characters += count_characters(stored_value(counts + begin, i));
     }
     int64_t total;
     scan_block<kThreads>(characters, &total);
@@ -188,20 +181,18 @@ __global__ void __launch_bounds__(kThreads) sizes_kernel(int64_t* runs, int64_t*
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    text_kernel(uint8_t* text, int64_t text_capacity, const int64_t* string_offsets, const int64_t* ends,
-                int64_t capacity, const int64_t* offsets, int64_t n) {
-  if (offsets[n] > capacity) return;
+__global__ void __launch_bounds__(kThreads) text_kernel(uint8_t* text, int64_t capacity, const int64_t* string_offsets,
+                                                        const int64_t* counts, const int64_t* offsets, int64_t n) {
   for (int64_t mask = blockIdx.x; mask < n; mask += gridDim.x) {
     const int64_t begin = offsets[mask], size = offsets[mask + 1] - begin;
     int64_t at = string_offsets[mask];
     for (int64_t base = 0; base < size; base += kThreads) {
       const int64_t i = base + threadIdx.x;
-      const int64_t value = i < size ? stored_value(ends + begin, i) : 0;
+      const int64_t value = i < size ? stored_value(counts + begin, i) : 0;
       const int64_t length = i < size ? count_characters(value) : 0;
       int64_t total;
       const int64_t mine = at + scan_block<kThreads>(length, &total);
-      if (i < size && mine + length <= text_capacity) write_characters(text + mine, value);
+      if (i < size && mine + length <= capacity) write_characters(text + mine, value);
       at += total;
     }
   }
@@ -259,24 +250,22 @@ void rle_offsets_cuda(int64_t* offsets, int64_t* columns, const uint8_t* bits, i
   launch(offsets_kernel, 1, kThreads, stream, offsets, n);
 }
 
-void rle_ends_cuda(int64_t* ends, int64_t capacity, const int64_t* offsets, const int64_t* columns, const uint8_t* bits,
-                   int64_t n, const Placement& place, void* stream) {
+void rle_ends_cuda(int64_t* ends, const int64_t* offsets, const int64_t* columns, const uint8_t* bits, int64_t n,
+                   const Placement& place, void* stream) {
   const auto* in = reinterpret_cast<const uint32_t*>(bits);
-  launch(ends_kernel, ceil_div(n * column_groups(place), kWarps), kThreads, stream, ends, capacity, offsets, columns,
-         in, n, place);
+  launch(ends_kernel, ceil_div(n * column_groups(place), kWarps), kThreads, stream, ends, offsets, columns, in, n,
+         place);
 }
 
 void rle_counts_cuda(int64_t* counts, const int64_t* ends, const int64_t* offsets, int64_t n, void* stream) {
   launch(counts_kernel, n, kThreads, stream, counts, ends, offsets, n);
 }
 
-void rle_strings_cuda(int64_t* arena, int64_t text_capacity, const int64_t* ends, int64_t capacity,
+void rle_strings_cuda(uint8_t* text, int64_t capacity, int64_t* string_offsets, const int64_t* counts,
                       const int64_t* offsets, int64_t n, void* stream) {
-  int64_t* string_offsets = arena + 1;
-  auto* text = reinterpret_cast<uint8_t*>(arena + 1 + n + 1);
-  launch(sizes_kernel, n > 0 ? n : 1, kThreads, stream, arena, string_offsets + 1, ends, capacity, offsets, n);
+  launch(sizes_kernel, n, kThreads, stream, string_offsets + 1, counts, offsets, n);
   launch(offsets_kernel, 1, kThreads, stream, string_offsets, n);
-  launch(text_kernel, n, kThreads, stream, text, text_capacity, string_offsets, ends, capacity, offsets, n);
+  launch(text_kernel, n, kThreads, stream, text, capacity, string_offsets, counts, offsets, n);
 }
 
 void rle_decode_cuda(uint8_t* bits, const int64_t* sums, const int64_t* offsets, int64_t n, int64_t height,

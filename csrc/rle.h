@@ -42,18 +42,16 @@ int64_t rle_decompress(int64_t* counts, const uint8_t* text, int64_t length);
 void rle_offsets_cuda(int64_t* offsets, int64_t* columns, const uint8_t* bits, int64_t n, const Placement& place,
                       void* stream);
 
-// ends [capacity]: the sums of the run lengths up to each run of a mask, from what rle_offsets_cuda wrote. Runs that do
-// not fit are left out.
-void rle_ends_cuda(int64_t* ends, int64_t capacity, const int64_t* offsets, const int64_t* columns, const uint8_t* bits,
-                   int64_t n, const Placement& place, void* stream);
+// ends [offsets[N]]: the sums of the run lengths up to each run of a mask, from what rle_offsets_cuda wrote.
+void rle_ends_cuda(int64_t* ends, const int64_t* offsets, const int64_t* columns, const uint8_t* bits, int64_t n,
+                   const Placement& place, void* stream);
 
 // counts [offsets[N]] from ends.
 void rle_counts_cuda(int64_t* counts, const int64_t* ends, const int64_t* offsets, int64_t n, void* stream);
 
-// arena: offsets[N] (1), the offsets of the strings (N+1), and from there on COCO's strings in text_capacity bytes, of
-// the runs in ends [capacity]. Incomplete where offsets[N] is above `capacity` (no string is written then) or the last
-// string ends above `text_capacity`.
-void rle_strings_cuda(int64_t* arena, int64_t text_capacity, const int64_t* ends, int64_t capacity,
+// text [capacity]: COCO's strings; string n is [string_offsets[n], string_offsets[n+1]). Where the last string ends
+// above `capacity`, strings are incomplete.
+void rle_strings_cuda(uint8_t* text, int64_t capacity, int64_t* string_offsets, const int64_t* counts,
                       const int64_t* offsets, int64_t n, void* stream);
 
 // bits [N, height, row_bytes(width)] from sums [R+1] of the run lengths before each run; runs that are not inside the

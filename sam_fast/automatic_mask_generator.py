@@ -1,9 +1,14 @@
 """SamAutomaticMaskGenerator: masks for everything in an image.
 
-The way of the data: crops -> per crop `_process_crop` {encode, `_candidates` (decode in batches, filter), NMS, bits
-and RLE of the survivors} -> NMS between crops -> small regions -> records. Filters run in an order that keeps
-full-size work for the masks that are returned; each filter looks at one mask alone and NMS sees the same set, so the
-records equal those of the official order.
+The way of the data: crops -> per crop `_process_crop` {encode, `_candidates` (decode in batches, filter), NMS} -> NMS
+between crops -> `_finish` {bits, small regions, the form that records have} -> host -> records. Filters run in an order
+that keeps full-size work for the masks that are returned; each filter looks at one mask alone and NMS sees the same
+set, so the records equal those of the official order.
+
+On a GPU all of it stays there until the end, when one copy brings what records need. The host waits for that copy, and
+before it for numbers that say how large tensors are: per batch of points those of the masks above the IoU threshold and
+of the candidates among them, per crop that of the candidates which NMS leaves; with several crops, how many of these
+remain in each; with RLE or `min_mask_region_area`, the length of the codes; with the latter, how many masks remain.
 """
 
 from __future__ import annotations
@@ -17,27 +22,25 @@ import torch
 
 from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import Sam
-from sam_fast.ops.connected_components import remove_small_regions
 from sam_fast.ops.nms import nms
-from sam_fast.ops.rle import compress_counts, decode_rle, encode_rle, rle_box
+from sam_fast.ops.rle import decode_rle, encode_runs, measure_runs, split_runs
 from sam_fast.predictor import SamPredictor
 from sam_fast.preprocess import ImageLike, read_image
-from sam_fast.runtime.inference import Prompts
+from sam_fast.runtime.inference import Frame, Prompts
+from sam_fast.runtime.streams import Download, upload
+from sam_fast.survivors import Cleaned, Crop, MaskLogits, Segmentations, clean
 from sam_fast.utils.amg import (
     MaskData,
-    area_from_rle,
     box_xyxy_to_xywh,
     build_all_layer_point_grids,
     generate_crop_boxes,
     is_box_near_crop_edge,
-    rle_to_mask,
     uncrop_boxes_xyxy,
     uncrop_points,
 )
 
 _OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
-# Masks whose bits at full size exist at a time: memory is bounded by it, not by the number of masks found. Each batch
-# is copied to the host by itself.
+# Masks whose bits at full size exist at a time: memory is bounded by it, not by the number of masks found.
 _FULL_SIZE_BATCH = {"cpu": 32, "cuda": 256}
 # Points whose masks are judged together at least, whatever points_per_batch says: the host waits for each batch, and
 # while it waits a GPU has nothing to do. Few of them go through the decoder at a time.
@@ -130,68 +133,69 @@ class SamAutomaticMaskGenerator:
             `bbox` (XYWH, ints), `predicted_iou`, `point_coords` ([[x, y]], the prompt), `stability_score`,
             `crop_box` (XYWH).
         """
-        return self._records(self._generate_masks(read_image(image)))
+        image = read_image(image)
+        return self._finish(*self._generate_masks(image), image.shape[:2])
 
     def generate_batch(self, images: Sequence[ImageLike]) -> list[list[dict[str, Any]]]:
         """Generate masks for several images; entry i is what `generate(images[i])` returns."""
         return [self.generate(image) for image in images]
 
-    # -- image -> data of the masks that are kept
+    # -- image -> masks that are kept
 
-    def _generate_masks(self, image: np.ndarray) -> MaskData:
+    def _generate_masks(self, image: np.ndarray) -> tuple[MaskData, MaskLogits]:
+        """What is known about the masks, `place` among it, the row in which each one's logits are."""
         size = image.shape[:2]
         crop_boxes, layers = generate_crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
-        data = MaskData()
+        data, logits = MaskData(), MaskLogits()
         for crop_box, layer in zip(crop_boxes, layers, strict=True):
-            data.cat(self._process_crop(image, crop_box, layer))
-        if len(crop_boxes) > 1 and len(data["rles"]) > 0:
+            found, logits_of_found = self._process_crop(image, crop_box, layer)
+            found["place"] = found["place"] + len(logits)
+            data.cat(found)
+            logits.extend(logits_of_found)
+        if len(crop_boxes) > 1 and len(logits) > 0:
             # Masks of small crops are the finer ones: prefer them.
             crops = data["crop_boxes"].float()
             scores = 1 / ((crops[:, 2] - crops[:, 0]) * (crops[:, 3] - crops[:, 1]))
             data.filter(self._nms(data["boxes"], scores, self.crop_nms_thresh))
-        if self.min_mask_region_area > 0:
-            threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            data = self.postprocess_small_regions(data, self.min_mask_region_area, threshold)
-        data.to_numpy()
-        return data
+            data["place"] = logits.keep(data["place"])
+        return data, logits
 
-    def _process_crop(self, image: np.ndarray, crop_box: list[int], layer: int) -> MaskData:
+    def _process_crop(self, image: np.ndarray, crop_box: list[int], layer: int) -> tuple[MaskData, MaskLogits]:
         """Masks of one crop, duplicates removed, in the frame of the whole image."""
         x0, y0, x1, y1 = crop_box
         height, width = image.shape[:2]
-        crop = image if (x1 - x0, y1 - y0) == (width, height) else np.ascontiguousarray(image[y0:y1, x0:x1])
-        embedding = self.predictor.encode_images([crop])[0]
-        points = self.point_grids[layer] * np.array([[x1 - x0, y1 - y0]])
+        pixels = image if (x1 - x0, y1 - y0) == (width, height) else np.ascontiguousarray(image[y0:y1, x0:x1])
+        device = self.predictor.device
+        grid = self.point_grids[layer] * np.array([[x1 - x0, y1 - y0]])
+        points = upload(grid, device)
+        coords = upload(self.predictor.transform.apply_coords(grid, pixels.shape[:2]), device)
+        edges = upload([crop_box, [0, 0, width, height]], device)
 
-        data = _no_candidates(embedding.device)
-        low_res = []
-        for found, logits in self._in_batches(embedding, points, crop_box, (height, width)):
+        embedding = self.predictor.encode_images([pixels])[0]
+        crop = Crop((x0, y0, x1, y1), Frame(embedding.original_size, embedding.input_size, embedding.image_size))
+        data, logits = _no_candidates(device), MaskLogits()
+        for found in self._in_batches(embedding, points, coords, edges):
+            logits.add(crop, found["low_res"])
+            del found["low_res"]
             data.cat(found)
-            low_res.append(logits)
         keep = self._nms(data["boxes"], data["iou_preds"], self.box_nms_thresh)
         data.filter(keep)
-
-        data["rles"] = []
-        for rows in keep.split(_FULL_SIZE_BATCH.get(keep.device.type, 32)):
-            bits = self.predictor.runtime.postprocess(embedding, _select(low_res, rows, embedding)).bits
-            assert bits is not None
-            data["rles"] += encode_rle(
-                bits, x1 - x0, canvas_size=(height, width), offset=(x0, y0), backend=self._backend
-            )
-        data["boxes"] = uncrop_boxes_xyxy(data["boxes"], crop_box)
-        data["points"] = uncrop_points(data["points"], crop_box)
-        data["crop_boxes"] = torch.tensor(crop_box, device=data["boxes"].device).expand(len(keep), 4)
-        return data
+        data["place"] = logits.keep(keep)
+        data["boxes"] = uncrop_boxes_xyxy(data["boxes"], edges[0])
+        data["points"] = uncrop_points(data["points"], edges[0])
+        data["crop_boxes"] = edges[0].expand(len(keep), 4)
+        return data, logits
 
     def _in_batches(
-        self, embedding: ImageEmbedding, points: np.ndarray, crop_box: list[int], size: tuple[int, int]
-    ) -> Iterator[tuple[MaskData, torch.Tensor]]:
+        self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor
+    ) -> Iterator[MaskData]:
         """`_candidates` of batch after batch; where memory runs out, of smaller batches from then on."""
         most = max(self.points_per_batch, _FEWEST_POINTS.get(embedding.device.type, 1))
         start, count = 0, most
         while start < len(points):
+            some = slice(start, start + count)
             try:
-                found = self._candidates(embedding, points[start : start + count], crop_box, size)
+                found = self._candidates(embedding, points[some], coords[some], edges)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -203,29 +207,37 @@ class SamAutomaticMaskGenerator:
             start += count
 
     def _candidates(
-        self, embedding: ImageEmbedding, points: np.ndarray, crop_box: list[int], size: tuple[int, int]
-    ) -> tuple[MaskData, torch.Tensor]:
-        """Decode one prompt per point and keep the masks that pass every filter of their own, with their logits."""
-        coords = self.predictor.transform.apply_coords(points, embedding.original_size)
-        coords_torch = torch.as_tensor(coords, device=self.predictor.device)[:, None, :]
-        labels = torch.ones(len(points), 1, dtype=torch.int, device=self.predictor.device)
+        self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor
+    ) -> MaskData:
+        """Decode one prompt per point and keep the masks that pass every filter of their own.
+
+        Args:
+            embedding: of the crop.
+            points: [N, 2] float64, XY, pixels of the crop.
+            coords: [N, 2] float64, the same in the frame of the model's input.
+            edges: [2, 4] int64, XYXY, boxes of the crop and of the image.
+        """
+        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None
         low_res, iou, prompt = self.predictor.runtime.decode_filtered(
-            embedding, Prompts(coords_torch, labels), threshold
+            embedding, Prompts(coords[:, None, :], labels), threshold
         )
-        data = MaskData(low_res=low_res, iou_preds=iou, points=torch.as_tensor(points, device=low_res.device)[prompt])
         measured = self.predictor.runtime.postprocess(
-            embedding, data["low_res"], stability_offset=self.stability_score_offset, return_bits=False
+            embedding, low_res, stability_offset=self.stability_score_offset, return_bits=False
         )
-        data["stability_score"] = measured.stability_score
-        data["boxes"] = measured.boxes
-        keep = ~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, size[1], size[0]])
+        keep = ~is_box_near_crop_edge(measured.boxes, edges[0], edges[1])
         if self.stability_score_thresh > 0.0:
-            keep &= data["stability_score"] >= self.stability_score_thresh
+            keep &= measured.stability_score >= self.stability_score_thresh
+        data = MaskData(
+            low_res=low_res,
+            iou_preds=iou,
+            points=points[prompt],
+            stability_score=measured.stability_score,
+            boxes=measured.boxes,
+            area=measured.area,
+        )
         data.filter(keep)
-        logits = data["low_res"]
-        del data["low_res"]
-        return data, logits
+        return data
 
     def _nms(self, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
         return nms(boxes.float(), scores, threshold, backend=self._backend)
@@ -248,43 +260,64 @@ class SamAutomaticMaskGenerator:
         unchanged = torch.ones(len(rles))
         for start in range(0, len(rles), _FULL_SIZE_BATCH["cpu"]):
             chunk = rles[start : start + _FULL_SIZE_BATCH["cpu"]]
-            width = chunk[0]["size"][1]
-            bits, filled = remove_small_regions(decode_rle(chunk), width, min_area, "holes")
-            bits, cleared = remove_small_regions(bits, width, min_area, "islands")
-            changed = (filled | cleared).nonzero()[:, 0]
-            for i, rle in zip((changed + start).tolist(), encode_rle(bits[changed], width), strict=True):
-                unchanged[i] = 0.0
+            height, width = chunk[0]["size"]
+            bits, changed = clean(decode_rle(chunk), width, min_area)
+            rows = changed.nonzero()[:, 0]
+            runs = encode_runs(bits[rows], width)
+            unchanged[rows + start] = 0.0
+            boxes[(rows + start).to(boxes.device)] = measure_runs(*runs, height)[1].to(boxes)
+            for i, rle in zip((rows + start).tolist(), split_runs(*runs, (height, width)), strict=True):
                 rles[i] = rle
-                boxes[i] = torch.tensor(rle_box(rle))
         mask_data["rles"] = rles
         mask_data["boxes"] = boxes
         mask_data.filter(nms(boxes.float().cpu(), unchanged, nms_thresh))
         return mask_data
 
-    # -- data -> records
+    # -- masks that are kept -> records
 
-    def _records(self, data: MaskData) -> list[dict[str, Any]]:
-        records = []
-        for i, rle in enumerate(data["rles"]):
-            records.append(
-                {
-                    "segmentation": self._segmentation(rle),
-                    "area": area_from_rle(rle),
-                    "bbox": box_xyxy_to_xywh(data["boxes"][i]).tolist(),
-                    "predicted_iou": data["iou_preds"][i].item(),
-                    "point_coords": [data["points"][i].tolist()],
-                    "stability_score": data["stability_score"][i].item(),
-                    "crop_box": box_xyxy_to_xywh(data["crop_boxes"][i]).tolist(),
-                }
-            )
+    def _finish(self, data: MaskData, logits: MaskLogits, size: tuple[int, ...]) -> list[dict[str, Any]]:
+        download = Download(self.predictor.device)
+        masks = Segmentations(self.output_mode, (size[0], size[1]), download, self._backend)
+        cleaned = []
+        for crop, some in logits.take(_FULL_SIZE_BATCH.get(self.predictor.device.type, 32)):
+            bits = self.predictor.runtime.postprocess(crop.frame, some).bits
+            assert bits is not None
+            if self.min_mask_region_area > 0:
+                cleaned.append(masks.add_cleaned(bits, crop, self.min_mask_region_area))
+            else:
+                masks.add(bits, crop)
+        if cleaned:
+            self._update(data, Cleaned(*(torch.cat(column)[data["place"]] for column in zip(*cleaned, strict=True))))
+
+        records: list[dict[str, Any]] = []
+
+        def receive(*fields: torch.Tensor) -> None:
+            for place, area, box, iou, point, stability, crop_box in zip(*(f.tolist() for f in fields), strict=True):
+                records.append(
+                    {
+                        "segmentation": masks.finished[place],
+                        "area": area,
+                        "bbox": box,
+                        "predicted_iou": iou,
+                        "point_coords": [point],
+                        "stability_score": stability,
+                        "crop_box": crop_box,
+                    }
+                )
+
+        for name in ("boxes", "crop_boxes"):
+            data[name] = box_xyxy_to_xywh(data[name])
+        fields = ("place", "area", "boxes", "iou_preds", "points", "stability_score", "crop_boxes")
+        download.add([data[name] for name in fields], receive)
+        download.finish()
         return records
 
-    def _segmentation(self, rle: dict[str, Any]) -> np.ndarray | dict[str, Any]:
-        if self.output_mode == "binary_mask":
-            return rle_to_mask(rle)
-        if self.output_mode == "coco_rle":
-            return {"size": rle["size"], "counts": compress_counts(rle["counts"])}
-        return rle
+    def _update(self, data: MaskData, cleaned: Cleaned) -> None:
+        """Take over what small regions changed, and remove duplicates that this made; changed masks go first."""
+        data["area"] = cleaned.areas
+        data["boxes"] = torch.where(cleaned.changed[:, None], cleaned.boxes, data["boxes"])
+        threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
+        data.filter(self._nms(data["boxes"], (~cleaned.changed).float(), threshold))
 
 
 def _no_candidates(device: torch.device) -> MaskData:
@@ -293,18 +326,5 @@ def _no_candidates(device: torch.device) -> MaskData:
         points=torch.zeros(0, 2, dtype=torch.float64, device=device),
         stability_score=torch.zeros(0, device=device),
         boxes=torch.zeros(0, 4, dtype=torch.int64, device=device),
+        area=torch.zeros(0, dtype=torch.int64, device=device),
     )
-
-
-def _select(chunks: list[torch.Tensor], rows: torch.Tensor, embedding: ImageEmbedding) -> torch.Tensor:
-    """Rows of the concatenation of `chunks`, without concatenating them."""
-    if len(chunks) == 1:
-        return chunks[0][rows]
-    side = 4 * embedding.features.shape[-1]
-    out = torch.empty(len(rows), side, side, device=embedding.device)
-    start = 0
-    for chunk in chunks:
-        here = (rows >= start) & (rows < start + len(chunk))
-        out[here] = chunk[rows[here] - start]
-        start += len(chunk)
-    return out

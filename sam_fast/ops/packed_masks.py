@@ -94,6 +94,35 @@ def unpack_masks(bits: torch.Tensor, width: int, *, backend: str = "auto") -> to
     return _unpack_masks(bits, width, backend)
 
 
+def place_masks(bits: torch.Tensor, width: int, canvas_size: tuple[int, int], offset: tuple[int, int]) -> torch.Tensor:
+    """Place packed masks in larger images of zeros, word by word.
+
+    Args:
+        bits: [..., h, row_bytes(width)] uint8, padding bits zero.
+        width: pixels of a mask row.
+        canvas_size: (H, W) of the images.
+        offset: (x0, y0), where pixel (0, 0) of a mask lies in its image; the mask is inside.
+
+    Returns:
+        bits: [..., H, row_bytes(W)] uint8; `bits` itself where that is the same.
+    """
+    check_bits(bits, width)
+    *lead, height, _ = bits.shape
+    if (height, width) == canvas_size:
+        return bits
+    if bits.numel() == 0:
+        return bits.new_zeros(*lead, canvas_size[0], row_bytes(canvas_size[1]))
+    words = aligned(bits).view(torch.int64)
+    stride = row_bytes(canvas_size[1]) // 8
+    canvas = words.new_zeros(*lead, canvas_size[0], stride + 1)  # the last word takes zeros alone
+    rows, first, shift = slice(offset[1], offset[1] + height), offset[0] // 64, offset[0] % 64
+    canvas[..., rows, first : first + words.shape[-1]] = words << shift
+    if shift:
+        carried = (words >> (64 - shift)) & ((1 << shift) - 1)
+        canvas[..., rows, first + 1 : first + 1 + words.shape[-1]] |= carried
+    return canvas[..., :stride].contiguous().view(torch.uint8)
+
+
 def pack_masks_reference(masks: torch.Tensor) -> torch.Tensor:
     """`pack_masks` in PyTorch: eight pixels weighted by the powers of two."""
     padded = F.pad(masks.to(torch.uint8), (0, 8 * row_bytes(masks.shape[-1]) - masks.shape[-1]))

@@ -20,11 +20,9 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 from sam_fast.ops.packed_masks import aligned, check_bits, pack_masks_reference, row_bytes, unpack_masks_reference
-from sam_fast.ops.rle_string import compress_runs, decompress_runs
+from sam_fast.ops.rle_string import compress_runs, decompress_runs, encode_strings, split_strings
 
 Rle = dict[str, Any]
-
-_SPARE_RUNS = 64  # of a mask, over two to a column
 
 
 def encode_rle(
@@ -52,12 +50,7 @@ def encode_rle(
         ValueError: the shape does not fit `width`, or the mask is not inside the canvas.
     """
     counts, offsets = encode_runs(bits, width, canvas_size=canvas_size, offset=offset, backend=backend)
-    size = canvas_size if canvas_size is not None else (bits.shape[1], width)
-    values = counts.cpu().numpy()  # lists of Python ints are made mask by mask: one list of all would be copied
-    return [
-        {"size": [int(size[0]), int(size[1])], "counts": values[begin:end].tolist()}
-        for begin, end in itertools.pairwise(offsets.tolist())
-    ]
+    return split_runs(counts, offsets, canvas_size if canvas_size is not None else (bits.shape[1], width))
 
 
 def encode_coco_rle(
@@ -69,13 +62,10 @@ def encode_coco_rle(
     backend: str = "auto",
 ) -> list[Rle]:
     """Like `encode_rle` with "counts" as COCO's compressed string, without the detour over Python integers."""
-    size = _check_placement(bits, width, canvas_size, offset)
-    if native.uses_cuda(bits) and choose_backend("rle", backend, bits) == "native":
-        strings = _encode_strings_cuda(bits, (width, *size, *offset))
-    else:
-        counts, offsets = encode_runs(bits, width, canvas_size=size, offset=offset, backend=backend)
-        strings = compress_runs(counts, offsets, backend=backend)
-    return [{"size": [int(size[0]), int(size[1])], "counts": string} for string in strings]
+    height, width_of_all = size = _check_placement(bits, width, canvas_size, offset)
+    counts, offsets = encode_runs(bits, width, canvas_size=size, offset=offset, backend=backend)
+    strings = split_strings(*encode_strings(counts, offsets, largest=height * width_of_all, backend=backend))
+    return [{"size": [int(height), int(width_of_all)], "counts": string} for string in strings]
 
 
 def decode_rle(rles: Sequence[Mapping[str, Any]], *, backend: str = "auto") -> torch.Tensor:
@@ -108,20 +98,6 @@ def rle_area(rle: Mapping[str, Any]) -> int:
     """The number of mask pixels of a code (counts as integers or as COCO's string)."""
     counts = rle["counts"]
     return sum(decompress_counts(counts)[1::2] if isinstance(counts, str | bytes) else counts[1::2])
-
-
-def rle_box(rle: Mapping[str, Any]) -> list[int]:
-    """Return the box of a run-length encoded mask: XYXY, inclusive, pixels; zeros for an empty mask."""
-    height = int(rle["size"][0])
-    ends = np.cumsum(rle["counts"], dtype=np.int64)
-    starts, stops = ends[0::2][: len(ends) // 2], ends[1::2]
-    foreground = stops > starts
-    starts, last = starts[foreground], stops[foreground] - 1
-    if len(starts) == 0:
-        return [0, 0, 0, 0]
-    wraps = (starts // height != last // height).any()  # a run over the end of a column touches top and bottom
-    top, bottom = (0, height - 1) if wraps else (int((starts % height).min()), int((last % height).max()))
-    return [int(starts[0] // height), top, int(last[-1] // height), bottom]
 
 
 def compress_counts(counts: Sequence[int], *, backend: str = "auto") -> str:
@@ -166,6 +142,51 @@ def encode_runs(
     if torch.compiler.is_compiling():
         return torch.ops.sam_fast.encode_rle(bits, width, canvas_height, canvas_width, x0, y0, backend)
     return _encode_rle(bits, width, canvas_height, canvas_width, x0, y0, backend)
+
+
+def split_runs(counts: torch.Tensor, offsets: torch.Tensor, size: tuple[int, int]) -> list[Rle]:
+    """The codes, as `encode_rle` returns them, of runs in tensors.
+
+    Args:
+        counts: [R] int64.
+        offsets: [N+1] int64.
+        size: (H, W) of every mask.
+    """
+    values = counts.cpu().numpy()  # lists of Python ints are made mask by mask: one list of all would be copied
+    return [
+        {"size": [int(size[0]), int(size[1])], "counts": values[begin:end].tolist()}
+        for begin, end in itertools.pairwise(offsets.tolist())
+    ]
+
+
+def measure_runs(counts: torch.Tensor, offsets: torch.Tensor, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Areas and boxes of masks from their run lengths. Nobody waits for a GPU.
+
+    Args:
+        counts: [R] int64.
+        offsets: [N+1] int64.
+        height: pixels of a mask column, H.
+
+    Returns:
+        areas: [N] int64, in pixels.
+        boxes: [N, 4] int64, XYXY, both corners inside the mask; zeros for an empty mask.
+    """
+    begins, lengths = offsets[:-1], offsets.diff()
+    mask = torch.arange(len(lengths), device=counts.device).repeat_interleave(lengths, output_size=len(counts))
+    odd = (torch.arange(len(counts), device=counts.device) - begins[mask]) % 2 == 1
+    before = F.pad(counts.cumsum(0), (1, 0))
+    areas = F.pad((counts * odd).cumsum(0), (1, 0))[offsets].diff()
+    start = before[:-1] - before[begins][mask]
+    last = start + counts - 1
+    x0, y0, x1, y1 = start // height, start % height, last // height, last % height
+    wraps = x0 != x1  # a run over the end of a column touches top and bottom
+    low = torch.stack([x0, torch.where(wraps, 0, y0)], dim=1)
+    high = torch.stack([x1, torch.where(wraps, height - 1, y1)], dim=1)
+    drawn = (odd & (counts > 0))[:, None]
+    rows, beyond = mask[:, None].expand(-1, 2), torch.iinfo(torch.int64).max
+    top_left = low.new_full((len(lengths), 2), beyond).scatter_reduce(0, rows, low.where(drawn, beyond), "amin")
+    bottom_right = high.new_full((len(lengths), 2), -1).scatter_reduce(0, rows, high.where(drawn, -1), "amax")
+    return areas, torch.cat([top_left, bottom_right], dim=1) * (areas > 0)[:, None]
 
 
 def decode_runs(
@@ -300,45 +321,15 @@ def _encode_rle_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> tuple[to
     """`encode_runs` on a GPU; waits for it once, for the number of runs."""
     bits = aligned(bits)
     module, stream = native.module(), native.cuda_stream(bits)
-    offsets, columns = _code_offsets_cuda(bits, placement)
+    n, width = bits.shape[0], placement[0]
+    offsets = torch.empty(n + 1, dtype=torch.int64, device=bits.device)
+    columns = torch.empty((n, width + 1), dtype=torch.int64, device=bits.device)  # where the codes of each one begin
+    module.rle_offsets_cuda(offsets, columns, bits, *placement, stream)
     ends = torch.empty(int(offsets[-1]), dtype=torch.int64, device=bits.device)
     counts = torch.empty_like(ends)
     module.rle_ends_cuda(ends, offsets, columns, bits, *placement, stream)
     module.rle_counts_cuda(counts, ends, offsets, stream)
     return counts, offsets
-
-
-def _code_offsets_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the codes of each mask begin [N+1], and within them those of each column [N, W+1]."""
-    n, width = bits.shape[0], placement[0]
-    offsets = torch.empty(n + 1, dtype=torch.int64, device=bits.device)
-    columns = torch.empty((n, width + 1), dtype=torch.int64, device=bits.device)
-    native.module().rle_offsets_cuda(offsets, columns, bits, *placement, native.cuda_stream(bits))
-    return offsets, columns
-
-
-def _encode_strings_cuda(bits: torch.Tensor, placement: tuple[int, ...]) -> list[str]:
-    """COCO's strings of masks on a GPU, copied to the host once, in memory that is larger than most masks need.
-
-    Most runs are two to a column at most, of two characters or fewer; where that does not do, it is tried again with
-    what the first try found necessary.
-    """
-    bits = aligned(bits)
-    n, module, stream = bits.shape[0], native.module(), native.cuda_stream(bits)
-    offsets, columns = _code_offsets_cuda(bits, placement)
-    runs = text = n * (2 * placement[0] + _SPARE_RUNS)
-    while True:
-        ends = torch.empty(runs, dtype=torch.int64, device=bits.device)
-        arena = torch.empty(n + 2 + (text + 7) // 8, dtype=torch.int64, device=bits.device)
-        module.rle_ends_cuda(ends, offsets, columns, bits, *placement, stream)
-        module.rle_strings_cuda(arena, ends, offsets, stream)
-        host = arena.cpu()
-        needed_runs, *string_ends = host[: n + 2].tolist()
-        if needed_runs <= runs and string_ends[-1] <= text:
-            break
-        runs, text = max(runs, needed_runs), max(text, 2 * needed_runs, string_ends[-1])
-    joined = host[n + 2 :].view(torch.uint8)[: string_ends[-1]].numpy().tobytes().decode("ascii")
-    return [joined[begin:end] for begin, end in itertools.pairwise(string_ends)]
 
 
 def _encode_rle_fake(

@@ -20,22 +20,47 @@ _MAX_DIGITS = 13  # of a 64-bit number
 def compress_runs(counts: torch.Tensor, offsets: torch.Tensor, *, backend: str = "auto") -> list[str]:
     """The strings of the runs counts[offsets[n]:offsets[n+1]].
 
+    Args: as of `encode_strings`.
+    """
+    return split_strings(*encode_strings(counts, offsets, backend=backend))
+
+
+def encode_strings(
+    counts: torch.Tensor, offsets: torch.Tensor, *, largest: int = 2**63 - 1, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `compress_runs`, with the strings in tensors. Nobody waits for a GPU.
+
     Args:
         counts: [R] int64, not negative.
-        offsets: [N+1] int64, ascending.
+        offsets: [N+1] int64, ascending from 0 to R.
+        largest: no count is above it.
         backend: "native", "torch" or "auto".
 
-    Strings are made on the CPU: tensors on a GPU are copied.
+    Returns:
+        text: [T] uint8, ASCII, the strings one behind the other, and on a GPU some more memory.
+        string_offsets: [N+1] int64, where each string begins and ends.
     """
-    counts, offsets = counts.cpu(), offsets.cpu()
     if choose_backend("rle", backend, counts, offsets) == "torch":
         ends = offsets.tolist()
-        return [compress_reference(counts[b:e].tolist()) for b, e in itertools.pairwise(ends)]
+        strings = [compress_reference(counts[b:e].tolist()) for b, e in itertools.pairwise(ends)]
+        text = torch.tensor(list("".join(strings).encode()), dtype=torch.uint8, device=counts.device)
+        return text, torch.tensor([0, *itertools.accumulate(map(len, strings))], device=counts.device)
     string_offsets = torch.empty_like(offsets)
+    if native.uses_cuda(counts):
+        # A number of b bits and a sign takes ceil((b + 1) / 5) digits.
+        text = counts.new_empty(len(counts) * ((largest.bit_length() + 5) // 5), dtype=torch.uint8)
+        native.module().rle_strings_cuda(text, string_offsets, counts, offsets, native.cuda_stream(counts))
+        return text, string_offsets
     native.module().rle_compressed_offsets(string_offsets, counts, offsets)
     text = torch.empty(int(string_offsets[-1]), dtype=torch.uint8)
     native.module().rle_compress(text, string_offsets, counts, offsets, native.num_threads())
-    joined, ends = text.numpy().tobytes().decode("ascii"), string_offsets.tolist()
+    return text, string_offsets
+
+
+def split_strings(text: torch.Tensor, string_offsets: torch.Tensor) -> list[str]:
+    """The strings that `encode_strings` made."""
+    ends = string_offsets.tolist()
+    joined = text[: ends[-1]].cpu().numpy().tobytes().decode("ascii")
     return [joined[b:e] for b, e in itertools.pairwise(ends)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,7 +20,21 @@ from sam_fast.runtime.plain import is_packed_on
 from sam_fast.runtime.precision import autocast, format_beside, resolve_precision, weight_dtype
 from sam_fast.watch import stamp
 
-__all__ = ["InferenceRuntime", "Prompts"]
+__all__ = ["Frame", "InferenceRuntime", "Prompts"]
+
+
+class Frame(NamedTuple):
+    """Where an image lies in what a model sees of it, as an `ImageEmbedding` knows it; enough to post-process masks.
+
+    Attributes:
+        original_size: (H, W) of the image.
+        input_size: (h, w) of the resized image before padding.
+        image_size: S, the side of the padded square.
+    """
+
+    original_size: tuple[int, int]
+    input_size: tuple[int, int]
+    image_size: int
 
 
 class InferenceRuntime:
@@ -212,7 +226,7 @@ class InferenceRuntime:
 
     def postprocess(
         self,
-        embedding: ImageEmbedding,
+        embedding: ImageEmbedding | Frame,
         low_res: torch.Tensor,
         *,
         stability_offset: float = 1.0,

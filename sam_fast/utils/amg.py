@@ -74,7 +74,7 @@ class MaskData:
 
 
 def is_box_near_crop_edge(
-    boxes: torch.Tensor, crop_box: list[int], orig_box: list[int], atol: float = 20.0
+    boxes: torch.Tensor, crop_box: list[int] | torch.Tensor, orig_box: list[int] | torch.Tensor, atol: float = 20.0
 ) -> torch.Tensor:
     """Find the boxes that a crop has probably cut: a side near the crop's edge that is not near the image's edge.
 
@@ -230,16 +230,16 @@ def generate_crop_boxes(
     return boxes, layers
 
 
-def _crop_offset(crop_box: list[int], repeats: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(crop_box[:2]) * repeats, device=like.device)
+def _crop_offset(crop_box: list[int] | torch.Tensor, repeats: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(crop_box[:2], device=like.device).repeat(repeats)
 
 
-def uncrop_boxes_xyxy(boxes: torch.Tensor, crop_box: list[int]) -> torch.Tensor:
+def uncrop_boxes_xyxy(boxes: torch.Tensor, crop_box: list[int] | torch.Tensor) -> torch.Tensor:
     """Move boxes [N,4] or [N,C,4], XYXY, from pixels of the crop to pixels of the image."""
     return boxes + _crop_offset(crop_box, 2, boxes)
 
 
-def uncrop_points(points: torch.Tensor, crop_box: list[int]) -> torch.Tensor:
+def uncrop_points(points: torch.Tensor, crop_box: list[int] | torch.Tensor) -> torch.Tensor:
     """Move points [N,2] or [N,C,2], XY, from pixels of the crop to pixels of the image."""
     return points + _crop_offset(crop_box, 1, points)
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from sam_fast.ops import packed_masks
-from sam_fast.ops.packed_masks import pack_masks, row_bytes, unpack_masks
+from sam_fast.ops.packed_masks import pack_masks, place_masks, row_bytes, unpack_masks
 
 BACKENDS = ["native", "torch"]
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 4, 64), (2, 3, 65), (1, 2, 1023), (4, 300, 257), (0, 5, 9), (2, 0, 9), (2, 5, 0)]
@@ -112,6 +112,19 @@ def test_gpu_strides_padding_and_addresses(gpu):
     odd = torch.empty(bits.numel() + 3, dtype=torch.uint8, device=gpu)[3:].view_as(bits).copy_(dirty)
     assert torch.equal(unpack_masks(odd, 70, backend="native").cpu(), masks)
     assert torch.equal(unpack_masks(odd[:, ::2], 70, backend="native").cpu(), masks[:, ::2])
+
+
+@given(
+    shape=st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 150)),
+    margins=st.tuples(st.integers(0, 140), st.integers(0, 3), st.integers(0, 140), st.integers(0, 3)),
+)
+@settings(deadline=None, max_examples=60)
+def test_masks_placed_in_a_canvas(shape, margins):
+    left, top, right, bottom = margins
+    masks = random_masks(*shape)
+    canvas = torch.nn.functional.pad(masks, (left, right, top, bottom))
+    placed = place_masks(pack_masks(masks), shape[2], tuple(canvas.shape[1:]), (left, top))
+    assert torch.equal(placed, pack_masks(canvas))
 
 
 @given(shape=st.tuples(st.integers(0, 4), st.integers(0, 20), st.integers(0, 300)), seed=st.integers(0, 1000))

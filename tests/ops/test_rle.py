@@ -1,5 +1,7 @@
 """Run-length codes: every backend against pycocotools, the definition, and each other."""
 
+import itertools
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -7,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from pycocotools import mask as coco
 
-from sam_fast import native
 from sam_fast.ops import rle, rle_string
 from sam_fast.ops.packed_masks import pack_masks, row_bytes, unpack_masks
 from sam_fast.ops.rle import (
@@ -18,8 +19,8 @@ from sam_fast.ops.rle import (
     encode_coco_rle,
     encode_rle,
     encode_runs,
+    measure_runs,
     rle_area,
-    rle_box,
 )
 
 BACKENDS = ["native", "torch"]
@@ -161,23 +162,16 @@ def test_gpu_masks_placed_in_a_canvas(gpu):
             assert [code["counts"].encode() for code in strings] == [code["counts"] for code in coco_codes(canvas)]
 
 
-def test_gpu_tries_again_with_more_memory(gpu, monkeypatch):
-    class CountedModule:
-        rounds, module = 0, native.module()
-
-        def __getattr__(self, name):
-            self.rounds += name == "rle_strings_cuda"
-            return getattr(self.module, name)
-
-    noise = random_masks(2, 100, 40)  # about 2000 runs each, of one character
-    sparse = random_masks(2, 20000, 3, 0.002)  # about 240 runs each, of two or three characters
-    for masks, spare, rounds in ((noise, 0, 2), (sparse, 250, 2), (sparse, 2000, 1)):
-        counted = CountedModule()
-        monkeypatch.setattr(native, "module", lambda counted=counted: counted)
-        monkeypatch.setattr(rle, "_SPARE_RUNS", spare)
-        codes = encode_coco_rle(pack_masks(masks, backend="torch").to(gpu), masks.shape[2], backend="native")
-        assert [code["counts"].encode() for code in codes] == [code["counts"] for code in coco_codes(masks)]
-        assert counted.rounds == rounds
+@pytest.mark.parametrize("largest", [3, 15, 16, 511, 512, 2**63 - 1])
+def test_gpu_strings_of_any_counts_fit(gpu, largest, poisoned_memory):
+    """Differences of either sign, as large as they can be: a digit more from 16 and from 512 on."""
+    lists = [[largest, 0, 0, largest, largest, 0, 0], [], [0], [largest], [0, 0, 0, 0, 0, largest] * 60]
+    counts = torch.tensor([*itertools.chain(*lists)], device=gpu)
+    offsets = torch.tensor([0, *itertools.accumulate(map(len, lists))], device=gpu)
+    text, string_offsets = rle_string.encode_strings(counts, offsets, largest=largest, backend="native")
+    assert rle_string.split_strings(text, string_offsets) == list(map(rle_string.compress_reference, lists))
+    slow = rle_string.encode_strings(counts, offsets, backend="torch")
+    assert torch.equal(slow[1], string_offsets) and torch.equal(slow[0], text[: len(slow[0])])
 
 
 def test_gpu_edges(gpu):
@@ -412,9 +406,19 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
-def test_rle_box_is_the_box_of_the_mask(density):
+def test_areas_and_boxes_of_runs(density):
     masks = torch.rand(30, 9, 13, generator=torch.Generator().manual_seed(0)) < density
-    for mask, code in zip(masks, encode_rle(pack_masks(masks), 13), strict=True):
+    areas, boxes = measure_runs(*encode_runs(pack_masks(masks), 13), 9)
+    for mask, area, box in zip(masks, areas, boxes, strict=True):
         y, x = mask.nonzero(as_tuple=True)
         expected = [int(x.min()), int(y.min()), int(x.max()), int(y.max())] if len(x) else [0, 0, 0, 0]
-        assert rle_box(code) == expected
+        assert box.tolist() == expected and int(area) == len(x)
+
+
+def test_areas_and_boxes_of_unusual_runs():
+    """No masks at all, and runs of no length inside of a code."""
+    areas, boxes = measure_runs(torch.empty(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 9)
+    assert areas.shape == (0,) and boxes.shape == (0, 4)
+    counts, offsets = torch.tensor([12, 0, 2, 0, 2, 0, 1, 3, 0, 2, 2, 0]), torch.tensor([0, 1, 12])
+    areas, boxes = measure_runs(counts, offsets, 4)
+    assert areas.tolist() == [0, 7] and boxes.tolist() == [[0, 0, 0, 0], [0, 0, 2, 3]]
