@@ -142,6 +142,21 @@ def test_native_resize_equals_official_chain(geometry, kind, poisoned_memory):
         torch.testing.assert_close(got, image, atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.parametrize("width", [1600, 1601, 1608])
+def test_large_outputs_of_any_alignment(width):
+    """Outputs above 32 MiB are written past the cache where their rows are aligned."""
+    logits = make_logits("noise", (9, 64, 64))
+    geometry = (192, 256), (600, width), 256
+    image = official_image(logits, *geometry)
+    got = resize_logits(logits, *geometry, backend="native")
+    assert got.nbytes > 32 << 20
+    if EXACT:
+        assert same(got, image)
+    else:
+        torch.testing.assert_close(got, image, atol=ROUNDING, rtol=0)
+    assert torch.equal(got[-1], resize_logits(logits[-1:], *geometry, backend="native")[0])
+
+
 SUBSET = "native and official_chain and (blobs or special) and not tall and not wide"
 
 
