@@ -6,6 +6,7 @@
 #include "gelu.h"
 #include "nms.h"
 #include "packed_masks.h"
+#include "perceptron.h"
 #include "postprocess_masks.h"
 #include "rel_pos_attention.h"
 #include "rle.h"
@@ -262,6 +263,38 @@ void bind_gelu(py::module_& m) {
   });
 }
 
+void bind_perceptron(py::module_& m) {
+  m.def("perceptron", [](py::handle output_, py::handle x_, const std::vector<py::object>& weights,
+                         const std::vector<py::object>& biases, py::object residual_, py::object norm_weight_,
+                         py::object norm_bias_, float eps, int num_threads) {
+    if (weights.empty() || weights.size() != biases.size()) throw std::invalid_argument("layers have weight and bias");
+    const TensorView x = view(x_, "x");
+    PerceptronArguments a{};
+    a.x = x.cpu<float>({-1, -1});
+    a.rows = x.size(0);
+    int64_t width = x.size(1);
+    std::vector<PerceptronLayer> layers;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      check_lanes(width, "the width of a layer's input");
+      const TensorView weight = view(weights[i], "weight");
+      const float* data = weight.cpu<float>({-1, width});
+      layers.push_back({width, weight.size(0), data, view(biases[i], "bias").cpu<float>({weight.size(0)})});
+      width = weight.size(0);
+    }
+    a.layers = layers.data(), a.count = static_cast<int64_t>(layers.size());
+    if (!residual_.is_none()) a.residual = view(residual_, "residual").cpu<float>({a.rows, width});
+    if (!norm_weight_.is_none()) {
+      check_lanes(width, "the width of a LayerNorm");
+      a.norm_weight = view(norm_weight_, "norm_weight").cpu<float>({width});
+      a.norm_bias = view(norm_bias_, "norm_bias").cpu<float>({width});
+    }
+    a.eps = eps;
+    a.output = view(output_, "output").cpu<float>({a.rows, width});
+    py::gil_scoped_release unlocked;
+    perceptron(a, num_threads);
+  });
+}
+
 void bind_upscale_masks(py::module_& m) {
   m.def("upscale_masks", [](py::handle logits_, py::handle image_, py::handle first_weight_, py::handle first_bias_,
                             py::handle norm_weight_, py::handle norm_bias_, float eps, py::handle second_weight_,
@@ -304,6 +337,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_two_way_attention(m);
   bind_upscale_masks(m);
   bind_gelu(m);
+  bind_perceptron(m);
   bind_rel_pos_attention(m);
 #if SAM_FAST_WITH_CUDA
   bind_cuda(m);

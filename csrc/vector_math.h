@@ -46,6 +46,18 @@ inline float largest_lane(Vec v) {
 }
 inline float sum(Vec v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
+// Sums of the lanes of four vectors.
+inline void sum_four(float* sums, const Vec* v) {
+#if defined(__AVX__)
+  const __m256 first = _mm256_hadd_ps(reinterpret_cast<__m256>(v[0]), reinterpret_cast<__m256>(v[1]));
+  const __m256 second = _mm256_hadd_ps(reinterpret_cast<__m256>(v[2]), reinterpret_cast<__m256>(v[3]));
+  const __m256 halves = _mm256_hadd_ps(first, second);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+#else
+  for (int i = 0; i < 4; ++i) sums[i] = sum(v[i]);
+#endif
+}
+
 inline bool any_greater(Vec a, Vec b) {
   const IntVec greater = a > b;
 #if defined(__AVX__)

@@ -1,7 +1,7 @@
 """The way of prompts through the mask decoder, the cheapest that gives what its modules would.
 
-Three ways: a `PackedDecoder` on a GPU; `two_way` and `upscale_masks` over the decoder's own weights on a CPU; and the
-modules themselves, wherever somebody listens, has put in something else, or asks for very many tokens.
+Three ways: a `PackedDecoder` on a GPU; a `CpuDecoder`, with the decoder's own weights, on a CPU; and the modules
+themselves, wherever somebody listens, has put in something else, or asks for very many tokens.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from sam_fast.embedding import ImageEmbedding
-from sam_fast.modeling import MaskDecoder, Sam, TwoWayTransformer
+from sam_fast.modeling import MaskDecoder, Sam
 from sam_fast.ops.backend import unavailable_reason
+from sam_fast.runtime.cpu_decoder import CpuDecoder
 from sam_fast.runtime.kept import Kept
 from sam_fast.runtime.packed_decoder import MOST_PROMPTS, PackedDecoder
 from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
@@ -23,8 +24,7 @@ from sam_fast.runtime.plain import is_packed_on, is_untouched, is_untouched_thro
 from sam_fast.runtime.precision import autocast, format_beside, resolve_precision, weight_dtype
 from sam_fast.runtime.streams import FirstRows
 from sam_fast.runtime.threads import in_threads
-from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer, can_absorb, project_first_layer, two_way
-from sam_fast.runtime.upscaling import can_upscale_by_products, masks_by_products
+from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer
 from sam_fast.watch import stamp
 
 _Made = TypeVar("_Made")
@@ -60,7 +60,7 @@ class _DecoderInputs(NamedTuple):
     sparse: Tensor
     dense: Tensor
     no_masks: bool
-    plain: bool  # the decoder is, and on a CPU
+    cpu: CpuDecoder | None = None  # what decodes them on a CPU; with many tokens, only from the image to masks
     packed: PackedDecoder | None = None  # what decodes them on a GPU
     # What prompts without masks have in common: projections of the image, and the encoding as rows [1, P, C].
     shared: tuple[FirstLayer, Tensor] | None = None
@@ -150,16 +150,15 @@ class Decoding:
         self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
     ) -> list[_Made]:
         """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
-        decoder = self.model.mask_decoder
         packed = self._packed_decoder()
         if packed is not None:
             inputs = list(self._decoder_inputs(embedding, prompts, packed=packed))
             if self._few_tokens(packed.decoder, inputs[0]):
                 return [decode(some) for some in self._with_shared(embedding, inputs)]
-        plain = _has_stages(decoder) and self._plain_on_cpu(decoder)
-        with self._decoder_format(plain):
-            inputs = list(self._decoder_inputs(embedding, prompts, plain))
-            absorbs = _has_stages(decoder) and self._absorbs(decoder, inputs[0])
+        cpu = self._cpu_decoder()
+        with self._decoder_format(cpu):
+            inputs = list(self._decoder_inputs(embedding, prompts, cpu))
+            absorbs = self._absorbs(inputs[0])
             if absorbs:
                 inputs = self._with_shared(embedding, inputs)
             if not absorbs or torch.is_autocast_enabled("cpu"):  # which is a property of the thread
@@ -192,8 +191,25 @@ class Decoding:
 
         return self._kept.of("packed decoder", pack, self.precision, stamp(decoder))
 
+    def _cpu_decoder(self) -> CpuDecoder | None:
+        """The decoder for a CPU, looked up anew when a weight changes; None where this one must run as it is."""
+        decoder = self.model.mask_decoder
+        if self.model.device.type != "cpu":
+            return None
+
+        def look_up() -> CpuDecoder | None:
+            # somebody's subclass may do other things
+            plain = type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
+            return CpuDecoder(decoder, self.backend) if plain else None
+
+        return self._kept.of("cpu decoder", look_up, stamp(decoder))
+
     def _decoder_inputs(
-        self, embedding: ImageEmbedding, prompts: Prompts, plain: bool = False, packed: PackedDecoder | None = None
+        self,
+        embedding: ImageEmbedding,
+        prompts: Prompts,
+        cpu: CpuDecoder | None = None,
+        packed: PackedDecoder | None = None,
     ) -> Iterator[_DecoderInputs]:
         """What the mask decoder reads, for a few prompts at a time."""
         embedding.wait()
@@ -212,12 +228,12 @@ class Decoding:
         for start in range(0, max(1, len(sparse)), step):
             some = slice(start, start + step)
             dense_of_some = dense if len(dense) == 1 else dense[some]
-            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, plain, packed)
+            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, cpu, packed)
 
-    def _decoder_format(self, plain: bool) -> AbstractContextManager:
+    def _decoder_format(self, cpu: CpuDecoder | None) -> AbstractContextManager:
         """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
         decoder = self.model.mask_decoder
-        if plain and can_absorb(decoder.transformer) and weight_dtype(decoder) == torch.float32:
+        if cpu is not None and cpu.absorbs and weight_dtype(decoder) == torch.float32:
             return nullcontext()
         return autocast(self.precision, self.model.device, weight_dtype(decoder))
 
@@ -225,9 +241,10 @@ class Decoding:
 
     def _predict_tokens(self, inputs: _DecoderInputs) -> tuple[Tensor, Tensor, Tensor]:
         """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
-        decoder = self.model.mask_decoder
-        assert isinstance(decoder, MaskDecoder)
-        if inputs.packed is None and not self._absorbs(decoder, inputs):
+        way = inputs.packed or (inputs.cpu if self._absorbs(inputs) else None)
+        if way is None:
+            decoder = self.model.mask_decoder
+            assert isinstance(decoder, MaskDecoder)
             return decoder.predict_tokens(*inputs.official())
         image: Tensor | FirstLayer
         if inputs.shared is not None:
@@ -235,19 +252,14 @@ class Decoding:
         else:
             image, pe = _pixels(inputs.features + inputs.dense), self._rows_of_pe(inputs)
             if len(image) != len(inputs.sparse):
-                image = _project(decoder, inputs.packed, image, _pixels(inputs.pe))
-        if inputs.packed is not None:
-            mask_tokens, written, iou = inputs.packed.predict_tokens(image, pe, inputs.sparse)
-        else:
-            tokens, results = decoder.prompt_tokens(inputs.sparse), 1 + decoder.num_mask_tokens
-            assert isinstance(decoder.transformer, TwoWayTransformer)
-            tokens, written = two_way(decoder.transformer, image, pe, tokens, results=results, backend=self.backend)
-            mask_tokens, iou = decoder.read_tokens(tokens)
+                image = way.project_first_layer(image, _pixels(inputs.pe))
+        mask_tokens, written, iou = way.predict_tokens(image, pe, inputs.sparse)
         return mask_tokens, written.transpose(1, 2).unflatten(2, inputs.size), iou
 
-    def _absorbs(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
-        """Whether `two_way` runs these prompts on a CPU."""
-        return inputs.plain and self._few_tokens(decoder, inputs) and can_absorb(decoder.transformer)
+    def _absorbs(self, inputs: _DecoderInputs) -> bool:
+        """Whether the CPU's decoder takes these prompts' tokens."""
+        decoder = self.model.mask_decoder
+        return inputs.cpu is not None and inputs.cpu.absorbs and self._few_tokens(decoder, inputs)
 
     def _few_tokens(self, decoder: MaskDecoder, inputs: _DecoderInputs) -> bool:
         """Whether tokens are so few that projecting the image would cost more."""
@@ -255,19 +267,13 @@ class Decoding:
 
     def _masks_from(self, mask_tokens: Tensor, image: Tensor, chosen: range, inputs: _DecoderInputs) -> Tensor:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
+        way = inputs.packed or inputs.cpu
+        if way is not None:
+            pixels = image.flatten(2).transpose(1, 2)  # as they were
+            return way.masks_from(mask_tokens, pixels, image.shape[2:], chosen)
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
-        if inputs.packed is not None:
-            pixels = image.flatten(2).transpose(1, 2)  # as they were
-            return inputs.packed.masks_from(mask_tokens, pixels, image.shape[2:], chosen)
-        if inputs.plain and can_upscale_by_products(decoder.output_upscaling):
-            return masks_by_products(decoder, mask_tokens, image, chosen, self.backend)
         return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
-
-    def _plain_on_cpu(self, decoder: MaskDecoder) -> bool:
-        """Whether the CPU's ways through a decoder are its own: somebody's subclass may do other things."""
-        on_cpu = decoder.iou_token.weight.device.type == "cpu"
-        return on_cpu and type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
 
     # -- what is made once
 
@@ -290,30 +296,24 @@ class Decoding:
 
     def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
         """Projections of an image without mask prompts, kept with it."""
-        decoder, encoder = self.model.mask_decoder, self.model.prompt_encoder
-        assert isinstance(decoder, MaskDecoder)
+        encoder = self.model.prompt_encoder
+        way = inputs.packed or inputs.cpu
+        assert way is not None
 
         def project() -> FirstLayer:
             image = inputs.features + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
-            return _project(decoder, inputs.packed, _pixels(image), _pixels(inputs.pe))
+            return way.project_first_layer(_pixels(image), _pixels(inputs.pe))
 
         dtype = None if inputs.packed is None else inputs.packed.dtype
         device = embedding.device  # alone: what is kept with an embedding must not keep it alive
         kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
-        return kept.of(dtype, project, stamp(decoder), stamp(encoder))
+        of_decoder = stamp(self.model.mask_decoder) if inputs.cpu is None else inputs.cpu.stamp
+        return kept.of(dtype, project, of_decoder, stamp(encoder))
 
 
 def _pixels(image: Tensor) -> Tensor:
     """[N, C, h, w] -> [N, h * w, C], contiguous."""
     return image.flatten(2).transpose(1, 2).contiguous()
-
-
-def _project(decoder: MaskDecoder, packed: PackedDecoder | None, image: Tensor, pe: Tensor) -> FirstLayer:
-    """What the first layer makes of an image X [1, P, C] with encoding [1, P, C]."""
-    if packed is not None:
-        return packed.project_first_layer(image, pe)
-    assert isinstance(decoder.transformer, TwoWayTransformer)
-    return project_first_layer(decoder.transformer, image, pe)
 
 
 def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:

@@ -21,7 +21,7 @@ from sam_fast.ops.two_way_attention import HEADS
 from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.plain import is_untouched
-from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, two_way
+from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
 
 _PARTS = {MaskDecoder, TwoWayTransformer, TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
@@ -68,6 +68,7 @@ class PackedDecoder:
                 part.to(dtype).__class__ = _RoundingLinear
             elif type(part) is nn.LayerNorm:
                 part.__class__ = _Float32LayerNorm
+        self.layers = token_layers(self.transformer, backend)
         upscaling = upscaling_weights(self.decoder.output_upscaling)
         in_dtype = [x.to(dtype).contiguous() if isinstance(x, Tensor) else x for x in upscaling]
         self.upscaling = Upscaling(*in_dtype)._replace(  # type: ignore[arg-type]
@@ -151,7 +152,9 @@ class PackedDecoder:
         tokens = self.decoder.prompt_tokens(sparse.float())
         results = 1 + self.decoder.num_mask_tokens
         pe = pe.to(self.dtype)
-        tokens, pixels = two_way(self.transformer, image, pe, tokens, results=results, backend=self.backend)
+        tokens, pixels = two_way(
+            self.transformer, image, pe, tokens, results=results, backend=self.backend, layers=self.layers
+        )
         mask_tokens, iou = self.decoder.read_tokens(tokens)
         return mask_tokens, pixels, iou
 

@@ -10,6 +10,8 @@ reference and is what training uses.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from sam_fast.ops.two_way_attention import Write, two_way_attention
+from sam_fast.runtime.perceptrons import Perceptron, perceptron_of
 
 MOST_TOKENS = 16  # of a prompt; with more of them it is cheaper to project the image
 
@@ -37,6 +40,57 @@ class FirstLayer(NamedTuple):
     queries: Tensor
 
 
+class _AttentionLayers(NamedTuple):
+    """An attention with its projections, and the normalisation that follows."""
+
+    attention: Attention
+    q_proj: Perceptron
+    k_proj: Perceptron
+    v_proj: Perceptron
+    out_proj: Perceptron  # then residual and LayerNorm
+
+
+class _BlockLayers(NamedTuple):
+    share: Callable[[Tensor, Tensor], Tensor]  # queries and tokens -> queries
+    reading: _AttentionLayers
+    mlp: Perceptron  # then residual and LayerNorm
+    writing: _AttentionLayers
+    norm: nn.LayerNorm  # of pixels that were written
+
+
+class TokenLayers(NamedTuple):
+    """What the tokens of a two-way transformer go through."""
+
+    blocks: list[_BlockLayers]
+    final: _AttentionLayers
+
+
+def token_layers(transformer: TwoWayTransformer, backend: str = "auto") -> TokenLayers:
+    """Look up the layers of a transformer that `can_absorb`; what is returned is good until one is replaced.
+
+    Args:
+        transformer: of the mask decoder.
+        backend: of the operations.
+    """
+
+    def of(attention: Attention, norm: nn.Module | None = None) -> _AttentionLayers:
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        q, k, v = (Perceptron((projection,), backend=backend) for projection in projections)
+        return _AttentionLayers(attention, q, k, v, Perceptron((attention.out_proj,), norm, backend))
+
+    blocks = [
+        _BlockLayers(
+            _sharing(layer, of) if _is_plain(layer.self_attn) else partial(_share, layer),
+            of(layer.cross_attn_token_to_image, layer.norm2),
+            perceptron_of(layer.mlp, layer.norm3, backend),
+            of(layer.cross_attn_image_to_token),
+            layer.norm4,
+        )
+        for layer in _layers(transformer)
+    ]
+    return TokenLayers(blocks, of(transformer.final_attn_token_to_image, transformer.norm_final_attn))
+
+
 def can_absorb(transformer: nn.Module) -> bool:
     """Whether a transformer is the plain one, whose weights may be read: no subclass, and no other kind of layer in it.
 
@@ -44,17 +98,12 @@ def can_absorb(transformer: nn.Module) -> bool:
     """
     if type(transformer) is not TwoWayTransformer:
         return False
-    attentions = [transformer.final_attn_token_to_image]
+    attentions: list[nn.Module] = [transformer.final_attn_token_to_image]
     for layer in _layers(transformer):
         if type(layer) is not TwoWayAttentionBlock or type(layer.norm4) is not nn.LayerNorm:
             return False
         attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
-    return all(
-        type(attention) is Attention
-        and type(attention.q_proj) is type(attention.k_proj) is nn.Linear
-        and type(attention.v_proj) is type(attention.out_proj) is nn.Linear
-        for attention in attentions
-    )
+    return all(map(_is_plain, attentions))
 
 
 def project_first_layer(transformer: TwoWayTransformer, image: Tensor, pe: Tensor) -> FirstLayer:
@@ -75,6 +124,7 @@ def two_way(
     *,
     results: int | None = None,
     backend: str = "auto",
+    layers: TokenLayers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What `transformer` returns for N prompts.
 
@@ -84,30 +134,40 @@ def two_way(
         pe: [1, P, C].
         tokens: [N, T, C], output tokens and prompt.
         results: how many of the tokens, the first ones, are wanted; the others need not read the image at last.
-        backend: of `ops.two_way_attention`.
+        backend: of the operations.
+        layers: what `token_layers` looked up; None looks it up here.
 
     Returns:
         tokens [N, results, C] and image [N, P, C].
     """
+    layers = layers or token_layers(transformer, backend)
     queries, write = tokens, None
     first, pixels = (image, image.image) if isinstance(image, FirstLayer) else (None, image)
-    for layer in _layers(transformer):
-        queries = _share(layer, queries, tokens)
+    for block in layers.blocks:
+        queries = block.share(queries, tokens)
         if first is not None:
-            read = _read_projected(layer.cross_attn_token_to_image, queries + tokens, first)
+            read = _read_projected(block.reading, queries + tokens, first)
         else:
-            pixels, read = _sweep(layer.cross_attn_token_to_image, queries + tokens, pixels, pe, write, backend)
-        queries = layer.norm2(queries + read)
-        queries = layer.norm3(queries + layer.mlp(queries))
-        write = _offer(layer.cross_attn_image_to_token, layer.norm4, queries + tokens, queries, first)
+            pixels, read = _sweep(block.reading, queries + tokens, pixels, pe, write, backend)
+        queries = block.reading.out_proj(read, queries)
+        queries = block.mlp(queries, queries)
+        write = _offer(block.writing, block.norm, queries + tokens, queries, first)
         first = None
     queries, tokens = queries[:, :results], tokens[:, :results]
-    pixels, read = _sweep(transformer.final_attn_token_to_image, queries + tokens, pixels, pe, write, backend)
-    return transformer.norm_final_attn(queries + read), pixels
+    pixels, read = _sweep(layers.final, queries + tokens, pixels, pe, write, backend)
+    return layers.final.out_proj(read, queries), pixels
 
 
 def _layers(transformer: TwoWayTransformer) -> list[TwoWayAttentionBlock]:
     return cast(list[TwoWayAttentionBlock], list(transformer.layers))
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Whether an attention is the official one, and its projections are what their weights say."""
+    if type(attention) is not Attention:
+        return False
+    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj
+    return all(type(projection) is nn.Linear for projection in projections)
 
 
 def _share(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
@@ -118,35 +178,52 @@ def _share(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tens
     return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
 
 
+def _sharing(
+    layer: TwoWayAttentionBlock, of: Callable[[Attention, nn.Module], _AttentionLayers]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """`_share` of a plain attention."""
+    layers, first = of(layer.self_attn, layer.norm1), layer.skip_first_layer_pe
+
+    def share(queries: Tensor, tokens: Tensor) -> Tensor:
+        placed = queries if first else queries + tokens
+        given = layers.q_proj(placed), layers.k_proj(placed), layers.v_proj(queries)
+        q, k, v = (_heads(layers.attention, x) for x in given)
+        read = F.scaled_dot_product_attention(q, k, v)
+        return layers.out_proj(_side_by_side(read), None if first else queries)
+
+    return share
+
+
 def _sweep(
-    attention: Attention, queries: Tensor, image: Tensor, pe: Tensor, write: Write | None, backend: str
+    layers: _AttentionLayers, queries: Tensor, image: Tensor, pe: Tensor, write: Write | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """Write into images [N or 1, P, C], then let tokens [N, T, C] read them: images [N, P, C], tokens [N, T, C]."""
+    """Write into images [N or 1, P, C], then let tokens [N, T, C] read them: images [N, P, C], values [N, T, h d]."""
     N, T, _ = queries.shape
-    q = attention.q_proj(queries) * _scale(attention)
+    attention = layers.attention
+    q = layers.q_proj(queries) * _scale(attention)
     absorbed = _absorb(attention, q, attention.k_proj.weight).transpose(1, 2)  # [N, C, R]
     image, read = two_way_attention(image, pe[0], write, absorbed, attention.num_heads, backend=backend)
     assert read is not None
     by_head = read.reshape(N * T, attention.num_heads, read.shape[2]).transpose(0, 1)  # [h, N T, C]
     values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [h, N T, d]
-    values = values.transpose(0, 1).reshape(N, T, attention.internal_dim)
-    return image, attention.out_proj(values + attention.v_proj.bias)
+    return image, values.transpose(0, 1).reshape(N, T, attention.internal_dim) + attention.v_proj.bias
 
 
-def _read_projected(attention: Attention, queries: Tensor, first: FirstLayer) -> Tensor:
-    """Tokens [N, T, C] read one image through its keys and values: [N, T, C]."""
+def _read_projected(layers: _AttentionLayers, queries: Tensor, first: FirstLayer) -> Tensor:
+    """Tokens [N, T, C] read one image through its keys and values: [N, T, h d]."""
     N, T, _ = queries.shape
-    q = _heads(attention, attention.q_proj(queries)).transpose(0, 1).flatten(1, 2)  # [h, N T, d]: all prompts at once
+    q = _heads(layers.attention, layers.q_proj(queries)).transpose(0, 1).flatten(1, 2)  # [h, N T, d]: all prompts'
     read = F.scaled_dot_product_attention(q[None], first.keys, first.values)[0]
-    return attention.out_proj(_side_by_side(read.unflatten(1, (N, T)).transpose(0, 1)))
+    return _side_by_side(read.unflatten(1, (N, T)).transpose(0, 1))
 
 
 def _offer(
-    attention: Attention, norm: nn.LayerNorm, placed_tokens: Tensor, tokens: Tensor, first: FirstLayer | None
+    layers: _AttentionLayers, norm: nn.LayerNorm, placed_tokens: Tensor, tokens: Tensor, first: FirstLayer | None
 ) -> Write:
     """What tokens [N, T, C], with and without their encoding, offer to the image."""
-    k = attention.k_proj(placed_tokens) * _scale(attention)  # [N, T, h d]
-    offered = _absorb(attention, attention.v_proj(tokens), attention.out_proj.weight.T)
+    attention = layers.attention
+    k = layers.k_proj(placed_tokens) * _scale(attention)  # [N, T, h d]
+    offered = _absorb(attention, layers.v_proj(tokens), attention.out_proj.weight.T)
     rest = offered, attention.out_proj.bias, norm.weight, norm.bias, norm.eps
     by_head = k.unflatten(2, (attention.num_heads, -1))  # [N, T, h, d]
     if first is not None:

@@ -22,24 +22,21 @@ def can_upscale_by_products(upscaling: nn.Sequential) -> bool:
     )
 
 
-def masks_by_products(
-    decoder: MaskDecoder, mask_tokens: Tensor, image: Tensor, chosen: range, backend: str = "torch"
-) -> Tensor:
-    """What `decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)` returns, up to rounding.
+def masks_by_products(decoder: MaskDecoder, mask_tokens: Tensor, image: Tensor, chosen: range) -> Tensor:
+    """What `decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)` returns, up to rounding; differentiable.
 
     Args:
         decoder: with the official upscaling, see `can_upscale_by_products`.
         mask_tokens: [N, num_mask_tokens, C].
         image: [N, C, h, w].
         chosen: indices of the mask tokens to use.
-        backend: of `ops.upscale_masks`; "torch" is differentiable.
 
     Returns:
         logits [N, len(chosen), 4h, 4w].
     """
     classifiers = [decoder.output_hypernetworks_mlps[index](mask_tokens[:, index]) for index in chosen]
     weights = upscaling_weights(decoder.output_upscaling)
-    return upscale_masks(image.permute(0, 2, 3, 1), weights, torch.stack(classifiers, dim=1), backend=backend)
+    return upscale_masks(image.permute(0, 2, 3, 1), weights, torch.stack(classifiers, dim=1), backend="torch")
 
 
 def upscale_by_products(upscaling: nn.Sequential, image: Tensor) -> Tensor:

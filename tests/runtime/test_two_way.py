@@ -127,7 +127,7 @@ def test_projections_are_made_once_per_image_and_again_when_weights_change(tiny,
     embedding = SamPredictor(model).set_image(photo)
     calls = []
     monkeypatch.setattr(
-        "sam_fast.runtime.decoding.project_first_layer",
+        "sam_fast.runtime.cpu_decoder.project_first_layer",
         lambda *arguments: calls.append(1) or project_first_layer(*arguments),
     )
     prompts = prompts_of("points", 9)

@@ -1,0 +1,6 @@
+#include "perceptron.h"
+#include "perceptron_kernel.h"
+
+namespace sam_fast {
+const PerceptronKernels kPerceptronBase = {linear, finish};
+}
