@@ -1,7 +1,5 @@
 #include "packed_masks.h"
 
-#include "fresh_memory.h"
-
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -58,7 +56,6 @@ void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width,
   static const UnpackTable table;
   uint8_t* pixels = reinterpret_cast<uint8_t*>(masks);
   const int64_t whole = width / 8, stride = row_bytes(width);
-  ask_for_large_pages(masks, rows * width);
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (rows * width >= kParallelPixels)
   for (int64_t row = 0; row < rows; ++row) {
     const uint8_t* in = bits + row * stride;

@@ -326,8 +326,7 @@ void resize_logits(float* output, const float* logits, int64_t n, const MaskGeom
   const Plan& plan = tables.plan();
   std::vector<float> grids;
   const float* source = make_source(tables, logits, n, geometry, grids, threads);
-  const int64_t pixels = static_cast<int64_t>(plan.height) * plan.width, bytes = n * pixels * 4;
-  ask_for_large_pages(output, bytes);
+  const int64_t pixels = static_cast<int64_t>(plan.height) * plan.width;
   if (is_small(plan.height, plan.width)) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < n; ++i) tables.small_output(source + i * plan.mask_stride, output + i * pixels);
@@ -335,13 +334,16 @@ void resize_logits(float* output, const float* logits, int64_t n, const MaskGeom
   }
   const std::vector<Part> parts = tables.parts(n, threads);
   const int64_t count = static_cast<int64_t>(parts.size());
-  // Several parts on end: threads that meet a large page at the same time would both clear it.
-  const int64_t run = std::max<int64_t>(1, std::min(count, n * count / (kTasksPerThread * threads)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, run)
+  const bool fresh = n * pixels * 4 >= kFreshBytes;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t task = 0; task < n * count; ++task) {
     const Part part = parts[task % count];
-    kernel.resize(plan, source + task / count * plan.mask_stride, part.band_begin, part.band_end, bytes >= kFreshBytes,
-                  output + task / count * pixels);
+    float* const mask = output + task / count * pixels;
+    if (fresh) {
+      const int64_t begin = plan.bands[part.band_begin].row_begin, end = plan.bands[part.band_end - 1].row_end;
+      take_pages(mask + begin * plan.width, (end - begin) * plan.width * 4);
+    }
+    kernel.resize(plan, source + task / count * plan.mask_stride, part.band_begin, part.band_end, mask);
   }
 }
 

@@ -16,8 +16,6 @@ struct Lanes {
 
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
-  static void stream(float* p, Float v) { _mm256_stream_ps(p, v); }
-  static void fence() { _mm_sfence(); }
   static Float set(float x) { return _mm256_set1_ps(x); }
   static Float blend(Float a, Float wa, Float b, Float wb) { return _mm256_fmadd_ps(a, wa, _mm256_mul_ps(b, wb)); }
   static __m256i indices(const int32_t* index) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)); }

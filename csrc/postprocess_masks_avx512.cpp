@@ -16,11 +16,6 @@ struct Lanes {
 
   static Float load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
-  static void stream(float* p, Float v) {
-    _mm256_stream_ps(p, _mm512_castps512_ps256(v));
-    _mm256_stream_ps(p + 8, _mm512_extractf32x8_ps(v, 1));
-  }
-  static void fence() { _mm_sfence(); }
   static Float set(float x) { return _mm512_set1_ps(x); }
   static Float blend(Float a, Float wa, Float b, Float wb) { return _mm512_fmadd_ps(a, wa, _mm512_mul_ps(b, wb)); }
   static Float permute(Float v, const int32_t* index) { return _mm512_permutexvar_ps(_mm512_loadu_si512(index), v); }

@@ -23,8 +23,6 @@ struct Lanes {
     return v;
   }
   static void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof(v)); }
-  static void stream(float* p, Float v) { store(p, v); }
-  static void fence() {}
   static Float set(float x) { return Float{x, x, x, x}; }
   static Float blend(Float a, Float wa, Float b, Float wb) {
     Float c = b * wb;

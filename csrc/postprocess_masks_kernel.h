@@ -284,26 +284,10 @@ void tally_bands(const Plan& plan, const float* source, const MaskThresholds& th
   tally->outer = counts.certain_outer + Lanes::total(counts.outer);
 }
 
-// A row of a strip; with kPastCache the target is aligned to kStreamBytes.
-template <bool kPastCache>
-inline void blend_row(float* target, const float* first, Float first_weight, const float* second, Float second_weight) {
-#pragma GCC unroll 16
-  for (int g = 0; g < kGroups; ++g) {
-    const int i = g * Lanes::kCount;
-    const Float value = Lanes::blend(Lanes::load(first + i), first_weight, Lanes::load(second + i), second_weight);
-    if constexpr (kPastCache) {
-      Lanes::stream(target + i, value);
-    } else {
-      Lanes::store(target + i, value);
-    }
-  }
-}
-
-void resize_bands(const Plan& plan, const float* source, int32_t begin, int32_t end, bool past_cache, float* output) {
+void resize_bands(const Plan& plan, const float* source, int32_t begin, int32_t end, float* output) {
   for (int32_t strip = 0; strip < plan.words; ++strip) {
     StripRows rows;
     const int32_t x = strip * kStripWidth;
-    const bool whole = plan.width - x >= kStripWidth;
     for (int32_t y = plan.bands[begin].row_begin; y < plan.bands[end - 1].row_end; ++y) {
       const Tap tap = plan.output_row[y];
       need_line(rows, plan, source, tap.first, x);
@@ -312,18 +296,19 @@ void resize_bands(const Plan& plan, const float* source, int32_t begin, int32_t 
       const float* second = rows.line[tap.second & 1];
       const Float first_weight = Lanes::set(tap.first_weight), second_weight = Lanes::set(tap.second_weight);
       float* pixels = output + static_cast<int64_t>(y) * plan.width + x;
-      if (whole && past_cache && reinterpret_cast<uintptr_t>(pixels) % kStreamBytes == 0) {
-        blend_row<true>(pixels, first, first_weight, second, second_weight);
-      } else if (whole) {
-        blend_row<false>(pixels, first, first_weight, second, second_weight);
-      } else {
-        alignas(64) float padded[kStripWidth];
-        blend_row<false>(padded, first, first_weight, second, second_weight);
+      alignas(64) float padded[kStripWidth];
+      float* target = plan.width - x >= kStripWidth ? pixels : padded;
+#pragma GCC unroll 16
+      for (int g = 0; g < kGroups; ++g) {
+        const int i = g * Lanes::kCount;
+        Lanes::store(target + i,
+                     Lanes::blend(Lanes::load(first + i), first_weight, Lanes::load(second + i), second_weight));
+      }
+      if (target == padded) {
         for (int32_t i = 0; x + i < plan.width; ++i) pixels[i] = padded[i];
       }
     }
   }
-  if (past_cache) Lanes::fence();
 }
 
 }  // namespace

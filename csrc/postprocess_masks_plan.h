@@ -10,7 +10,6 @@
 namespace sam_fast {
 
 constexpr int32_t kStripWidth = 64;   // output columns that are computed together: one word of packed bits
-constexpr int64_t kStreamBytes = 32;  // alignment of what is written past the cache
 constexpr int32_t kMaxBandRows = 64;  // one bit per row in a word
 
 // Output rows that begin at the same source row, so that they are skipped or computed together.
@@ -63,8 +62,8 @@ struct MaskKernels {
   // Bands [begin,end) of one mask; rows of `bits` start at the first band's first row; null: not wanted.
   void (*tally)(const Plan& plan, const float* source, const MaskThresholds& thresholds, int32_t begin, int32_t end,
                 uint64_t* bits, const MaskScratch& scratch, MaskTally* tally);
-  // The same bands as floats; `output` is row 0 of the mask. With past_cache they are written past the cache.
-  void (*resize)(const Plan& plan, const float* source, int32_t begin, int32_t end, bool past_cache, float* output);
+  // The same bands as floats; `output` is row 0 of the mask.
+  void (*resize)(const Plan& plan, const float* source, int32_t begin, int32_t end, float* output);
 };
 
 extern const MaskKernels kMaskKernelsBase;
