@@ -278,16 +278,9 @@ class SamAutomaticMaskGenerator:
     def _finish(self, data: MaskData, logits: MaskLogits, size: tuple[int, ...]) -> list[dict[str, Any]]:
         download = Download(self.predictor.device)
         masks = Segmentations(self.output_mode, (size[0], size[1]), download, self._backend)
-        cleaned = []
-        for crop, some in logits.take(_FULL_SIZE_BATCH.get(self.predictor.device.type, 32)):
-            bits = self.predictor.runtime.postprocess(crop.frame, some).bits
-            assert bits is not None
-            if self.min_mask_region_area > 0:
-                cleaned.append(masks.add_cleaned(bits, crop, self.min_mask_region_area))
-            else:
-                masks.add(bits, crop)
-        if cleaned:
-            self._update(data, Cleaned(*(torch.cat(column)[data["place"]] for column in zip(*cleaned, strict=True))))
+        cleaned = self._segment(logits, masks)
+        if cleaned is not None:
+            self._update(data, Cleaned(*(column[data["place"]] for column in cleaned)))
 
         records: list[dict[str, Any]] = []
 
@@ -311,6 +304,18 @@ class SamAutomaticMaskGenerator:
         download.add([data[name] for name in fields], receive)
         download.finish()
         return records
+
+    def _segment(self, logits: MaskLogits, masks: Segmentations) -> Cleaned | None:
+        """Make masks of logits, a few at a time; returns what the removal of small regions did, if it is wanted."""
+        cleaned = []
+        for crop, some in logits.take(_FULL_SIZE_BATCH.get(self.predictor.device.type, 32)):
+            bits = self.predictor.runtime.postprocess(crop.frame, some).bits
+            assert bits is not None
+            if self.min_mask_region_area > 0:
+                cleaned.append(masks.add_cleaned(bits, crop, self.min_mask_region_area))
+            else:
+                masks.add(bits, crop)
+        return Cleaned(*(torch.cat(column) for column in zip(*cleaned, strict=True))) if cleaned else None
 
     def _update(self, data: MaskData, cleaned: Cleaned) -> None:
         """Take over what small regions changed, and remove duplicates that this made; changed masks go first."""

@@ -114,7 +114,7 @@ def emulated(monkeypatch) -> Waits:
 
     def begin(self, device):
         start(self, device)
-        self._at_once = False
+        self._copies = True
 
     def end(self):
         waits.listening = False  # from here on everything is on the host

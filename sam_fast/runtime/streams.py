@@ -78,11 +78,11 @@ class Download:
     """Tensors on their way to the host: packed into one buffer, copied together and waited for once, in `finish`.
 
     Of more than 64 MB several copies are made, of which two at most are under way, so that memory is bounded. On a CPU
-    tensors arrive at once, and are not copied.
+    tensors arrive as they are.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._at_once = device.type == "cpu"
+        self._copies = device.type != "cpu"
         self._packed: list[tuple[Sequence[Tensor], Callable[..., None]]] = []
         self._under_way: deque[tuple[Tensor, torch.cuda.Event | None, list]] = deque()
 
@@ -91,9 +91,6 @@ class Download:
 
         What it gets lies in memory of the copy, and should not be kept.
         """
-        if self._at_once:
-            receive(*tensors)
-            return
         self._packed.append((tensors, receive))
         if sum(tensor.nbytes for some, _ in self._packed for tensor in some) > _MOST_BYTES:
             self._leave()
@@ -105,6 +102,10 @@ class Download:
             self._arrive()
 
     def _leave(self) -> None:
+        if not self._copies:
+            while self._packed:
+                tensors, receive = self._packed.pop(0)
+                receive(*tensors)
         if not self._packed:
             return
         if len(self._under_way) == _MOST_COPIES:

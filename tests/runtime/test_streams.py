@@ -12,14 +12,14 @@ from sam_fast.runtime.streams import Download, upload
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
-@pytest.fixture(params=["at once", "packed"])
+@pytest.fixture(params=["as they are", "packed"])
 def download(request, device) -> Download:
     """On a CPU either as it is, or packed as for a GPU."""
     download = Download(torch.device(device))
     if request.param == "packed":
-        download._at_once = False
+        download._copies = True
     elif device == "cuda":
-        pytest.skip("a GPU's tensors do not arrive at once")
+        pytest.skip("a GPU's tensors are packed")
     return download
 
 
