@@ -32,6 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEST_SECONDS = 150  # after which tests are stopped
+_TESTS_NEED = ("segment_anything", "pycocotools", "hypothesis", "cv2", "pytest")
 _BUILT = "SAM_FAST_BENCHMARK_BUILT"  # set while the program runs a second time, after a build
 
 
@@ -87,8 +88,9 @@ def ensure_built() -> None:
 def run_tests(peers: str | None) -> bool:
     """Run the tests of kernels and operations; whether they passed in time."""
     environment = dict(os.environ)
-    if importlib.util.find_spec("segment_anything") is None:
-        print("tests are left out: they need segment_anything (see --peers)", flush=True)
+    missing = [name for name in _TESTS_NEED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"tests are left out: they need {', '.join(missing)} (see --peers)", flush=True)
         return True
     if peers:
         environment["PYTHONPATH"] = os.pathsep.join([peers, environment.get("PYTHONPATH", "")])

@@ -108,8 +108,8 @@ def run_model(run: Run, name: str) -> None:
             return
         try:
             peer = make()
-        except (ValueError, RuntimeError, ImportError, AttributeError, TypeError, KeyError) as error:
-            run.left_out.append(f"a peer of {name}: {str(error).splitlines()[0]}")
+        except Exception as error:  # whatever stops another's package must not stop the others
+            run.left_out.append(f"a peer of {name}: {_reason(error)}")
             continue
         for section, shape, call in _cases(run, peer, model, state, name, threshold):
             _measure_case(run, peer, section, shape, call, first)
@@ -235,8 +235,8 @@ def _measure_case(
         run.refused.append(f"{who}: {wrong}")
         print(f"  {who}: REFUSED, {wrong}", flush=True)
         return
-    except (RuntimeError, ValueError, TypeError) as failed:  # out of memory is a RuntimeError
-        run.left_out.append(f"{who}: {str(failed).splitlines()[0]}")
+    except Exception as failed:  # of compilers, drivers, memory
+        (run.refused if peer.name == OURS else run.left_out).append(f"{who}: {_reason(failed)}")
         print(f"  {who}: failed, {failed}", flush=True)
         return
     if key not in first:
@@ -244,6 +244,10 @@ def _measure_case(
         run.add(row(section, shape, peer.precision, peer.name, measured, None, None, run.origin))
     else:
         run.add(row(section, shape, peer.precision, peer.name, measured, first[key][1], error, run.origin))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
 # -- gates

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from oracle import build_official
 from torch import nn
 
 from benchmarks import gpu, gpu_sections, peers
@@ -50,7 +52,7 @@ def test_every_section_writes_rows(tmp_path, monkeypatch, capsys):
         assert row["command"].startswith("python -m benchmarks.gpu --device cpu")
         if row["peer"] == peers.OURS:
             assert float(row["error"]) <= 1e-5  # float32 sums in another order
-    assert "left out: a peer of tiny: precision 'fp8'" in capsys.readouterr().out
+    assert "left out: a peer of tiny: RuntimeError: precision 'fp8'" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in RESULTS.glob("*.csv")} == before
 
 
@@ -95,6 +97,99 @@ def test_nothing_begins_late(tmp_path):
     run = make_run(tmp_path, deadline=0.0)
     gpu_sections._measure_case(run, peers.DevicePeer("p", "fp32", lambda x: x), "encoder", "s", pytest.fail, {})
     assert run.left_out == ["encoder s | p fp32"]
+
+
+def test_failures_are_named_and_stop_nothing(tmp_path, monkeypatch):
+    """Compilers raise what they like. Where we fail, so does the program."""
+
+    class CompilationError(Exception):
+        pass
+
+    def fail(*_):
+        raise CompilationError("no such instruction\nin line 3")
+
+    run = make_run(tmp_path)
+    reason = "CompilationError: no such instruction"
+    for name, lines in (("other", run.left_out), (peers.OURS, run.refused)):
+        gpu_sections._measure_case(run, peers.DevicePeer(name, "bf16", fail), "encoder", "s", fail, {})
+        assert lines == [f"encoder s | {name} bf16: {reason}"]
+    monkeypatch.setattr(gpu_sections, "peers_of", lambda *_: iter([fail]))
+    gpu_sections.run_model(run, "tiny")
+    assert run.left_out[1:] == [f"a peer of tiny: {reason}"] and run.rows == []
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch) -> list[str]:
+    """torch.compile with a backend that compiles nothing; returns the modes that were asked for."""
+    modes: list[str] = []
+    compile_ = torch.compile
+
+    def without_code(function, mode):
+        modes.append(mode)
+        return compile_(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", without_code)
+    return modes
+
+
+@torch.no_grad()
+def test_compiled_peers(monkeypatch, eager_compiler):
+    """The official encoder under --compile, and segment-anything-fast: here a package of the same interface."""
+    model = peers.build_ours("tiny", torch.device("cpu"))
+    weights = model.state_dict()
+
+    def build_fast() -> nn.Module:
+        built = build_official(peers.TINY).bfloat16()
+        built.image_encoder = torch.compile(built.image_encoder, mode="max-autotune")
+        return built
+
+    package = types.SimpleNamespace(sam_model_fast_registry={"tiny": build_fast})
+    monkeypatch.setitem(sys.modules, "segment_anything_fast", package)
+    pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    expected = peers.reference(model).encode(pixels)
+    compiled = peers.official("tiny", weights, model.device, "bf16 compiled")
+    for peer in (compiled, peers.segment_anything_fast("tiny", weights, model.device)):
+        assert gpu_sections.error_of("encoder", expected, peer.encode(pixels)) < 0.02
+    assert eager_compiler == ["max-autotune"] * 2
+    assert gpu_sections.TOLERANCES["encoder"][compiled.precision.split()[0]]
+
+
+def build_with(monkeypatch, *codes: int) -> tuple[list[list[str]], list[tuple]]:
+    """`ensure_built` where programs exit with these codes; returns what was run, and what took this process's place."""
+    ran: list[list[str]] = []
+    replaced: list[tuple] = []
+    exits = iter(codes)
+
+    def run(command, **_):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, next(exits), "", "no module\nbuilt without it")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu.os, "execve", lambda *arguments: replaced.append(arguments))
+    monkeypatch.setattr(gpu.os, "chdir", lambda _: None)
+    gpu.ensure_built()
+    return ran, replaced
+
+
+def test_builds_what_is_missing(monkeypatch):
+    monkeypatch.delenv(gpu._BUILT, raising=False)
+    ran, replaced = build_with(monkeypatch, 0)
+    assert len(ran) == 1 and not replaced
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick"])
+    (_, pip), ((_, command, environment),) = build_with(monkeypatch, 1, 0)
+    assert pip[1:4] == ["-m", "pip", "install"] and pip[-2:] == ["-e", str(ROOT)]
+    assert {"--no-build-isolation", "--no-deps"} <= set(pip)
+    assert command[1:] == ["-m", "benchmarks.gpu", "--quick"] and environment[gpu._BUILT] == "1"
+    with pytest.raises(RuntimeError, match="pip could not build"):
+        build_with(monkeypatch, 1, 1)
+    monkeypatch.setenv(gpu._BUILT, "1")
+    with pytest.raises(RuntimeError, match="was built, and still: built without it"):
+        build_with(monkeypatch, 1)
+
+
+def test_tests_that_cannot_run_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "_TESTS_NEED", ("torch", "no_such_package"))
+    assert gpu.run_tests(None) and "they need no_such_package" in capsys.readouterr().out
 
 
 def test_errors():
