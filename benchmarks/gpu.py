@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 _TEST_SECONDS = 150  # after which tests are stopped
-_TESTS_NEED = ("segment_anything", "pycocotools", "hypothesis", "cv2", "pytest")
+_TESTS_NEED = ("segment_anything", "hypothesis", "cv2", "pytest")
 _BUILT = "SAM_FAST_BENCHMARK_BUILT"  # set while the program runs a second time, after a build
 
 
