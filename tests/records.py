@@ -21,5 +21,8 @@ def assert_same_records(ours, theirs):
         assert mine["area"] == pytest.approx(other["area"], rel=1e-4, abs=2)
         assert isinstance(mine["area"], int) and all(isinstance(v, int) for v in mine["bbox"])
         assert mine["predicted_iou"] == pytest.approx(other["predicted_iou"], abs=1e-4)
-        assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=1e-3, nan_ok=True)
+        # A share of two numbers of pixels. Logits agree to a relative 1e-5, but fall by about 1 per pixel: now and then
+        # one lies so near a threshold that it rounds to the other side.
+        two_pixels = max(1e-4, 2 / max(1, other["area"]))
+        assert mine["stability_score"] == pytest.approx(other["stability_score"], abs=two_pixels, nan_ok=True)
         assert_same_mask(mine["segmentation"], other["segmentation"])

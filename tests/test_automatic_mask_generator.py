@@ -17,7 +17,8 @@ from sam_fast.utils.amg import MaskData, rle_to_mask
 # Thresholds that keep a good dozen of the seeded weights' masks and drop the others.
 BASE = {"points_per_side": 8, "stability_score_thresh": 0.8}
 SETTINGS = {
-    "default thresholds": {"points_per_side": 16, "stability_score_thresh": 0.95},
+    # Of these points' masks none is within five pixels of the threshold, where rounding would decide.
+    "default thresholds": {"points_per_side": 14, "stability_score_thresh": 0.95},
     "loose": {"pred_iou_thresh": 0.85, "stability_score_thresh": 0.6, "box_nms_thresh": 0.9},
     "filters off": {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 4},
     "offset": {"stability_score_offset": 3.0, "stability_score_thresh": 0.5},

@@ -141,8 +141,9 @@ class Decoding:
         logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
         all_logits = kept.concatenated() if logits[0] is None else torch.cat(logits)
         all_scores = torch.cat(scores)
-        keep = _above(all_scores, iou_threshold)
-        return all_logits, all_scores[keep], keep.nonzero()[:, 0]
+        # How many there are the host knows by now, and need not ask a GPU for.
+        prompt, mask = torch.nonzero_static(_above(all_scores, iou_threshold), size=len(all_logits)).unbind(1)
+        return all_logits, all_scores[prompt, mask], prompt
 
     # -- prompts, a few at a time
 
