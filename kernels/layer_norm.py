@@ -32,7 +32,7 @@ def layer_norm(
     """Write LayerNorm(x + shift + delta) to `output`, and x + delta to `total`.
 
     Args:
-        output: [rows, C], of x's type, or float8_e4m3fn with `scales`.
+        output: [rows, C], or float8_e4m3fn with `scales`.
         x, delta: [rows, C], contiguous.
         weight, bias, shift: [C], float32.
         total: [rows, C], of x's type; may be x. Needed with `delta` alone.
@@ -83,12 +83,16 @@ def variants(architecture: int) -> Iterator[Variant]:
     for C in (256, 768, 1024, 1280):
         for dtype in formats:
             kind = TRITON_TYPES[dtype]
-            signature = {"output": f"*{kind}:16", "x": f"*{kind}:16"}
-            signature |= {name: "*fp32:16" for name in ("weight", "bias", "shift")} | {"eps": "fp32"}
+            signature = {"output": f"*{kind}:16", "delta": f"*{kind}:16", "eps": "fp32"}
+            signature |= {name: "*fp32:16" for name in ("x", "weight", "bias", "shift", "total")}
+            name, rest = f"{C} channels {kind}", {"scales": None}
+            yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
+            signature = {"output": f"*{kind}:16", "x": f"*{kind}:16", "eps": "fp32"}
+            signature |= {name: "*fp32:16" for name in ("weight", "bias", "shift")}
             rest = dict.fromkeys(("delta", "total", "scales"))
-            name = f"{C} channels {kind}"
+            name += ", rows alone"
             yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
         if architecture >= 90:  # which has products of 8-bit numbers
-            signature = {**signature, "output": "*fp8e4nv:16", "scales": "*fp32:16"}
-            signature |= {name: "*bf16:16" for name in ("x", "delta", "total")}
+            signature = {"output": "*fp8e4nv:16", "delta": "*bf16:16", "eps": "fp32"}
+            signature |= {name: "*fp32:16" for name in ("x", "weight", "bias", "shift", "total", "scales")}
             yield Variant(f"{C} channels to 8 bits", layer_norm_kernel, signature, row_constants(C), row_options(C))

@@ -12,15 +12,30 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before a kernel is imported: they then run on CPU tensors
 
+import triton.language as tl
 from oracle import TINY, build_official, seed_weights
 from PIL import Image
 from torch import nn
+from triton.runtime import interpreter
 
 import sam_fast
 from sam_fast.build_sam import build_sam_from_config
 from sam_fast.modeling import Sam
 
 PHOTOS = Path(sam_fast.__file__).parent / "assets" / "photos"
+
+_convert_float = interpreter._convert_float
+
+
+def _rounded(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mode: object) -> np.ndarray:
+    """Triton's interpreter cuts float32 off to bfloat16; GPUs round to the nearest, as PyTorch does."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return _convert_float(values, source, target, rounding_mode)
+    bits = torch.from_numpy(np.array(values, np.float32)).bfloat16().view(torch.int16)
+    return bits.numpy().view(np.uint16)
+
+
+interpreter._convert_float = _rounded
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ def layer_norm(
     *,
     shift: Tensor | None = None,
     delta: Tensor | None = None,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm(x + delta + shift) over C channels, in float32 inside.
@@ -29,17 +30,18 @@ def layer_norm(
         x: [rows, C], float32 or half precision.
         weight, bias: [C], float32.
         shift: [C], float32, the same for all rows.
-        delta: [rows, C], of x's type.
+        delta: [rows, C], float32 or half precision.
+        dtype: of the normalised rows, x's by default.
         backend: "triton", "torch" or "auto".
 
     Returns:
-        the normalised rows, of x's type, and x + delta rounded to it (x itself without `delta`).
+        the normalised rows, and x + delta rounded to x's type (x itself without `delta`).
 
     Raises:
         ValueError: shapes do not fit.
     """
     _check(x, weight, bias, shift, delta)
-    y, _, total = _run(x, weight, bias, eps, shift, delta, False, backend)
+    y, _, total = _run(x, weight, bias, eps, shift, delta, dtype or x.dtype, backend)
     return y, x if delta is None else total
 
 
@@ -59,7 +61,7 @@ def layer_norm_e4m3(
         float8_e4m3fn [rows, C], by what to multiply it [rows, 1], and x + delta.
     """
     _check(x, weight, bias, shift, delta)
-    y, scales, total = _run(x, weight, bias, eps, shift, delta, True, backend)
+    y, scales, total = _run(x, weight, bias, eps, shift, delta, torch.float8_e4m3fn, backend)
     return y, scales, x if delta is None else total
 
 
@@ -79,8 +81,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, delta:
     for name, vector in (("weight", weight), ("bias", bias), ("shift", shift)):
         if vector is not None and (vector.shape != x.shape[1:] or vector.dtype != torch.float32):
             raise ValueError(f"{name} must be [{x.shape[1]}] float32, got {list(vector.shape)} {vector.dtype}")
-    if delta is not None and (delta.shape != x.shape or delta.dtype != x.dtype):
-        raise ValueError(f"delta must be like x, {list(x.shape)} {x.dtype}, got {list(delta.shape)} {delta.dtype}")
+    if delta is not None and delta.shape != x.shape:
+        raise ValueError(f"delta must be like x, {list(x.shape)}, got {list(delta.shape)}")
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,16 +97,17 @@ def _layer_norm(
     eps: float,
     shift: Tensor | None,
     delta: Tensor | None,
-    to_e4m3: bool,
+    dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator: scales are empty without 8 bits, the sum without a delta."""
     tensors = [t for t in (x, weight, bias, shift, delta) if t is not None]
-    y, scales, total = _layer_norm_fake(x, delta, to_e4m3, backend)
+    y, scales, total = _layer_norm_fake(x, delta, dtype, backend)
+    to_e4m3 = dtype == torch.float8_e4m3fn
     if choose_backend("layer_norm", backend, *tensors) == "torch":
         normalised, summed = layer_norm_reference(x, weight, bias, eps, shift, delta)
         total = total if delta is None else summed
-        return (*quantise_reference(normalised), total) if to_e4m3 else (normalised.to(x.dtype), scales, total)
+        return (*quantise_reference(normalised), total) if to_e4m3 else (normalised.to(dtype), scales, total)
     from sam_fast.kernels import layer_norm as kernels
 
     kernels.layer_norm(
@@ -122,15 +125,15 @@ def _layer_norm(
 
 
 def _layer_norm_fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    delta, to_e4m3 = rest[-3:-1]
+    delta, dtype = rest[-3:-1]
     rows, C = x.shape
-    y = x.new_empty(rows, C, dtype=torch.float8_e4m3fn if to_e4m3 else x.dtype)
-    scales = x.new_empty(rows if to_e4m3 else 0, 1, dtype=torch.float32)
+    y = x.new_empty(rows, C, dtype=dtype)
+    scales = x.new_empty(rows if dtype == torch.float8_e4m3fn else 0, 1, dtype=torch.float32)
     return y, scales, x.new_empty(0 if delta is None else rows, C)
 
 
 register(
-    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? shift, Tensor? delta, bool to_e4m3, "
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? shift, Tensor? delta, ScalarType dtype, "
     "str backend) -> (Tensor, Tensor, Tensor)",
     _layer_norm,
     _layer_norm_fake,

@@ -7,8 +7,11 @@ What is exact algebra here (up to rounding the numbers are those of `modeling.Im
   in place.
 * Queries are scaled by 1 / sqrt(d) and log2(e) in their weights, and relative positions, which see queries unscaled, by
   the inverse.
-* Biases of `proj` and `lin2` are the same for all tokens: they are left out of the residual stream, which the products
-  then add to in place, and what has accumulated of them enters with each LayerNorm (`shift`).
+* Biases of `proj` and `lin2` are the same for all tokens: they are left out of the residual stream, and what has
+  accumulated of them enters with each LayerNorm (`shift`).
+
+The residual stream is float32, and each LayerNorm adds to it what the product before it made: rounded to bfloat16 after
+each layer it doubles the error.
 
 With `e4m3`, the products of 8-bit numbers are qkv, lin1 and lin2; `proj`, whose input would have to be rounded on its
 own, and patches and neck stay in half precision. A convolutional stem and its neck run as they are, in float32: rounded
@@ -93,7 +96,7 @@ class PackedEncoder:
         """
         Args:
             encoder: one that `runtime.image_encoder.can_encode` says yes to.
-            dtype: of products, attention and residual stream: float32, bfloat16 or float16.
+            dtype: of products and attention: float32, bfloat16 or float16.
             e4m3: products of 8-bit numbers where they pay.
         """
         self.encoder, self.dtype, self.e4m3 = encoder, dtype, e4m3
@@ -137,7 +140,7 @@ class PackedEncoder:
         if isinstance(encoder.patch_embed, ConvStem):
             with _exact_convolutions():
                 tokens, fine = encoder.to_tokens(images)
-            return tokens.to(self.dtype).contiguous(), fine
+            return tokens.float().contiguous(), fine
         side = encoder.patch_size
         B, channels, H, W = images.shape
         if H % side or W % side:
@@ -145,15 +148,15 @@ class PackedEncoder:
         h, w = H // side, W // side
         patches = images.to(self.dtype).view(B, channels, h, side, w, side).permute(0, 2, 4, 1, 3, 5)
         tokens = patches.reshape(B * h * w, -1) @ self.patches
-        tokens = tokens.view(B, h, w, -1)
+        tokens = tokens.view(B, h, w, -1).float()
         if encoder.pos_embed is not None:
-            tokens = tokens + resize_absolute_positions(encoder.pos_embed.detach(), (h, w)).to(self.dtype)
+            tokens = tokens + resize_absolute_positions(encoder.pos_embed.detach(), (h, w))
         return tokens, None
 
     def _block(
         self, block: PackedBlock, x: Tensor, delta: Tensor | None, size: tuple[int, int, int], backend: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """A transformer block over the residual stream x + delta, [B h w, C]; x may be written over."""
+    ) -> tuple[Tensor, Tensor]:
+        """A transformer block over the residual stream x + delta, [B h w, C] each; so is what it returns."""
         qkv, x = self._normalised_product(x, delta, block.norm1, block.qkv, block.qkv_bias, backend)
         window = (block.window, block.window) if block.window else size[1:]
         tables = None
@@ -163,16 +166,17 @@ class PackedEncoder:
                 resize_relative_positions(block.rel_pos[1], 2 * window[1] - 1).contiguous(),
             )
         read = rel_pos_attention(qkv.view(*size, 3, block.heads, -1), None, tables, window, scale=_LN2, backend=backend)
-        x.addmm_(read.view(x.shape), block.proj.values)
+        delta = read.view(x.shape) @ block.proj.values
         if block.lin1.scales is not None:
-            hidden, x = self._normalised_product(x, None, block.norm2, block.lin1, block.lin1_bias, backend)
-            return x, _product_of_8_bits(*quantise(hidden, gelu=True, backend=backend), block.lin2, None, x.dtype)
-        rows, _ = layer_norm(x, *block.norm2[:3], shift=block.norm2.shift, backend=backend)
-        if x.dtype == torch.float32:
+            hidden, x = self._normalised_product(x, delta, block.norm2, block.lin1, block.lin1_bias, backend)
+            return x, _product_of_8_bits(*quantise(hidden, gelu=True, backend=backend), block.lin2, None, self.dtype)
+        norm = block.norm2
+        rows, x = layer_norm(x, *norm[:3], shift=norm.shift, delta=delta, dtype=self.dtype, backend=backend)
+        if self.dtype == torch.float32:
             hidden = F.gelu(torch.addmm(block.lin1_bias, rows, block.lin1.values))
         else:  # cuBLAS has the approximation by tanh in the product's epilogue; it differs less than rounding does
             hidden = torch._addmm_activation(block.lin1_bias, rows, block.lin1.values, use_gelu=True)
-        return x.addmm_(hidden, block.lin2.values), None
+        return x, hidden @ block.lin2.values
 
     def _normalised_product(
         self, x: Tensor, delta: Tensor | None, norm: Norm, weight: Weight, bias: Tensor, backend: str
@@ -180,8 +184,8 @@ class PackedEncoder:
         """A linear layer of the normalised x + delta, and x + delta."""
         if weight.scales is not None:
             rows, scales, x = layer_norm_e4m3(x, *norm[:3], shift=norm.shift, delta=delta, backend=backend)
-            return _product_of_8_bits(rows, scales, weight, bias, x.dtype), x
-        rows, x = layer_norm(x, *norm[:3], shift=norm.shift, delta=delta, backend=backend)
+            return _product_of_8_bits(rows, scales, weight, bias, self.dtype), x
+        rows, x = layer_norm(x, *norm[:3], shift=norm.shift, delta=delta, dtype=self.dtype, backend=backend)
         return torch.addmm(bias, rows, weight.values), x
 
     def _to_embedding(self, tokens: Tensor, fine: Tensor | None, backend: str) -> Tensor:
@@ -191,7 +195,7 @@ class PackedEncoder:
                 return self.encoder.to_embedding(tokens.float() + self.left_out, fine).float()
         B, h, w, C = tokens.shape
         first, second = self.neck_norms
-        x = tokens.view(B * h * w, C) @ self.neck1
+        x = tokens.view(B * h * w, C).to(self.dtype) @ self.neck1
         x, _ = layer_norm(x, *first[:3], shift=first.shift, backend=backend)
         image = x.view(B, h, w, -1).permute(0, 3, 1, 2)  # channels last, as cuDNN likes it
         with _exact_convolutions():
