@@ -20,9 +20,9 @@ from sam_fast.runtime.two_way import project_first_layer, two_way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # of float32: products in another order; 2e-6 measured
-# Of bfloat16 with random weights, in the Euclidean norm: operands and the image are rounded (2^-9) in two layers and
-# the upscaling; 1.3e-2 measured. How it compares with the decoder's own modules is measured with a trained one.
-BF16_TOLERANCE = 3e-2
+# Random weights enlarge the rounding (2^-9) of operands and of the image: errors in bfloat16 may be 1.2 times those of
+# the decoder's own modules in bfloat16 (logits 2.4e-2 and 3.3e-2). With trained weights they must be smaller.
+BF16_FACTOR = 1.2
 
 
 def rows_of(image: Tensor) -> Tensor:
@@ -52,15 +52,21 @@ def run(packed: PackedDecoder, features: Tensor, pe: Tensor, sparse: Tensor, den
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, TOLERANCE), (torch.bfloat16, BF16_TOLERANCE)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("images", [1, 2], ids=["one image", "an image each"])
-def test_triton_equals_the_plain_decoder(images, dtype, tolerance, model):
+def test_triton_equals_the_plain_decoder(images, dtype, model):
     arguments = decoder_inputs(2, 3, 5, 7, images)
     expected, scores = model.mask_decoder(*arguments, multimask_output=True)
     logits, iou = run(PackedDecoder(model.mask_decoder, dtype, "triton"), *arguments)
     assert logits.shape == expected.shape and logits.dtype == torch.float32
-    assert relative_error(logits, expected) <= tolerance
-    torch.testing.assert_close(iou, scores, rtol=0, atol=tolerance)
+    of_logits = of_scores = TOLERANCE
+    if dtype == torch.bfloat16:
+        half = copy.deepcopy(model.mask_decoder).bfloat16()
+        plain, plain_scores = half(*(x.bfloat16() for x in arguments), multimask_output=True)
+        of_logits = BF16_FACTOR * relative_error(plain.float(), expected)
+        of_scores = BF16_FACTOR * float((plain_scores.float() - scores).abs().max())
+    assert relative_error(logits, expected) <= of_logits
+    torch.testing.assert_close(iou, scores, rtol=0, atol=of_scores)
 
 
 @torch.no_grad()
@@ -79,13 +85,13 @@ def test_bfloat16_is_no_worse_than_the_plain_decoder_in_bfloat16(photo):
     """With trained weights: seeded ones say little about errors of the real ones."""
     nano = sam_model_registry["nano"]().to(DEVICE)
     features = SamPredictor(nano, precision="fp32").set_image(photo).features
-    points = 512 * torch.rand(6, 1, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    sparse, dense = nano.prompt_encoder((points, torch.ones(6, 1, device=DEVICE)), None, None)
+    points = 512 * torch.rand(32, 1, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sparse, dense = nano.prompt_encoder((points, torch.ones(32, 1, device=DEVICE)), None, None)
     arguments = features, nano.prompt_encoder.get_dense_pe(), sparse, dense[:1]
     expected, scores = nano.mask_decoder(*arguments, multimask_output=True)
 
     def errors(logits: Tensor, iou: Tensor) -> tuple[float, float]:
-        return relative_error(logits.float(), expected), float((iou.float() - scores).abs().max())
+        return relative_error(logits.float(), expected), float((iou.float() - scores).abs().mean())
 
     with torch.autocast(DEVICE, torch.bfloat16):
         plain = errors(*nano.mask_decoder(*arguments, multimask_output=True))
@@ -93,7 +99,7 @@ def test_bfloat16_is_no_worse_than_the_plain_decoder_in_bfloat16(photo):
     converted = errors(*half(*(x.bfloat16() for x in arguments), multimask_output=True))
     packed = errors(*run(PackedDecoder(nano.mask_decoder, torch.bfloat16), *arguments))
     assert 0 < packed[0] <= min(plain[0], converted[0])
-    assert packed[1] <= 1.1 * max(plain[1], converted[1])  # the largest of 18 scores, by chance
+    assert packed[1] <= min(plain[1], converted[1])
 
 
 @torch.no_grad()
@@ -258,7 +264,7 @@ def test_converted_models_run_in_their_own_format(model, embedding, packs):
     half.mask_decoder.bfloat16()
     low_res, iou = InferenceRuntime(half).decode(embedding, prompts)
     assert packs == [3] and low_res.dtype == iou.dtype == torch.float32
-    assert 0 < (low_res - expected).norm() / expected.norm() <= 2 * BF16_TOLERANCE  # its weights are rounded as well
+    assert 0 < (low_res - expected).norm() / expected.norm() <= 0.06  # its weights are rounded as well
     torch.testing.assert_close(iou, scores, rtol=0, atol=1e-2)
 
 
