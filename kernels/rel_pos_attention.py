@@ -49,7 +49,7 @@ def window_launch(architecture: int, dtype: torch.dtype, keys: int, d: int) -> L
     if dtype == torch.float32:
         return Launch(queries=32, blocks=2, keys=min(keys, 32), warps=4, stages=1)
     if architecture >= 90 and d <= 80:
-        return Launch(queries=64, blocks=2, keys=keys, warps=4, stages=1, boxes=True)
+        return Launch(queries=64, blocks=4, keys=keys, warps=4, stages=2 if d <= 64 else 1, boxes=True)
     return Launch(queries=64, blocks=2, keys=min(keys, 64), warps=4, stages=1)
 
 
@@ -58,7 +58,8 @@ def long_launch(architecture: int, dtype: torch.dtype, columns: int, d: int) -> 
     keys = min(64, max(16, triton.next_power_of_2(columns)))
     if dtype == torch.float32:
         return Launch(queries=32, blocks=1, keys=min(keys, 32), warps=4, stages=1)
-    return Launch(queries=64, blocks=1, keys=keys, warps=4, stages=2, boxes=architecture >= 90)
+    boxes = architecture >= 90
+    return Launch(queries=64, blocks=1, keys=keys, warps=4, stages=3 if boxes and d <= 80 else 2, boxes=boxes)
 
 
 def rel_pos_attention(
@@ -116,7 +117,8 @@ def _rel_terms(qkv: Tensor, rel_pos: tuple[Tensor, Tensor], window: tuple[int, i
         down = qkv.new_empty(B, heads, window[0], H * W, dtype=torch.float32)
         width = _padded_columns(window[1], long_launch(architecture(qkv.device), qkv.dtype, window[1], d).keys)
         across = qkv.new_empty(B, heads, H * W, width, dtype=torch.float32)
-    rel_terms_kernel[(H + W, heads, B)](
+    constants = _terms_constants(qkv.dtype, window, heads, d, small)
+    rel_terms_kernel[_terms_grid(qkv, constants)](
         down,
         across,
         qkv,
@@ -124,9 +126,16 @@ def _rel_terms(qkv: Tensor, rel_pos: tuple[Tensor, Tensor], window: tuple[int, i
         H,
         W,
         ACROSS_STRIDE=across.stride(2),
-        **_terms_constants(qkv.dtype, window, heads, d, small),
+        **constants,
     )
     return terms if small else (down, across)
+
+
+def _terms_grid(qkv: Tensor, constants: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads, parts of rows and of columns, images."""
+    B, H, W, _, heads, _ = qkv.shape
+    queries = constants["QUERIES"]
+    return heads, H * triton.cdiv(W, queries) + W * triton.cdiv(H, queries), B
 
 
 # -- what a launch and an ahead-of-time compilation have in common

@@ -39,7 +39,7 @@ def upscale_launch(architecture: int, dtype: torch.dtype) -> Launch:
     """How pixels are upscaled."""
     if dtype == torch.float32:
         return Launch(32, 0, 4)
-    return Launch(64, 0, 4, boxes=architecture >= 90)
+    return Launch(128, 0, 8, boxes=True) if architecture >= 90 else Launch(64, 0, 4)
 
 
 def upscale(

@@ -12,7 +12,6 @@ from sam_fast.ops.upscale_masks import upscale_masks
 from sam_fast.runtime.perceptrons import perceptron_of
 from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
-from sam_fast.watch import stamp
 
 
 class CpuDecoder:
@@ -24,7 +23,6 @@ class CpuDecoder:
             decoder: the plain one, with nobody listening.
             backend: of the operations.
         """
-        self.stamp = stamp(decoder)
         self._decoder, self._backend = decoder, backend
         self._transformer = cast(TwoWayTransformer, decoder.transformer)
         self.absorbs = can_absorb(self._transformer)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from sam_fast.embedding import ImageEmbedding
-from sam_fast.modeling import MaskDecoder, Sam
+from sam_fast.modeling import MaskDecoder, PromptEncoder, Sam
 from sam_fast.ops.backend import unavailable_reason
 from sam_fast.runtime.cpu_decoder import CpuDecoder
+from sam_fast.runtime.graphs import Graphs
 from sam_fast.runtime.kept import Kept
-from sam_fast.runtime.packed_decoder import MOST_PROMPTS, PackedDecoder
+from sam_fast.runtime.packed_decoder import MOST_PROMPTS, PackedDecoder, comes_again
 from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
 from sam_fast.runtime.plain import is_packed_on, is_untouched, is_untouched_throughout
 from sam_fast.runtime.precision import autocast, format_beside, resolve_precision, weight_dtype
@@ -52,6 +53,13 @@ class Prompts(NamedTuple):
     extra_tokens: Tensor | None = None
 
 
+class _Stamps(NamedTuple):
+    """What two modules are at the moment: looked at once per call, for there are many layers to look at."""
+
+    prompt_encoder: object
+    mask_decoder: object
+
+
 class _DecoderInputs(NamedTuple):
     """Image embedding [1, C, h, w], its encoding [1, C, h, w], sparse [N, T, C] and dense [N or 1, C, h, w] prompts."""
 
@@ -60,6 +68,7 @@ class _DecoderInputs(NamedTuple):
     sparse: Tensor
     dense: Tensor
     no_masks: bool
+    stamps: _Stamps
     cpu: CpuDecoder | None = None  # what decodes them on a CPU; with many tokens, only from the image to masks
     packed: PackedDecoder | None = None  # what decodes them on a GPU
     # What prompts without masks have in common: projections of the image, and the encoding as rows [1, P, C].
@@ -151,14 +160,15 @@ class Decoding:
         self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
     ) -> list[_Made]:
         """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
-        packed = self._packed_decoder()
+        stamps = _Stamps(stamp(self.model.prompt_encoder), stamp(self.model.mask_decoder))
+        packed = self._packed_decoder(stamps)
         if packed is not None:
-            inputs = list(self._decoder_inputs(embedding, prompts, packed=packed))
+            inputs = list(self._decoder_inputs(embedding, prompts, stamps, packed=packed))
             if self._few_tokens(packed.decoder, inputs[0]):
                 return [decode(some) for some in self._with_shared(embedding, inputs)]
-        cpu = self._cpu_decoder()
+        cpu = self._cpu_decoder(stamps)
         with self._decoder_format(cpu):
-            inputs = list(self._decoder_inputs(embedding, prompts, cpu))
+            inputs = list(self._decoder_inputs(embedding, prompts, stamps, cpu))
             absorbs = self._absorbs(inputs[0])
             if absorbs:
                 inputs = self._with_shared(embedding, inputs)
@@ -173,7 +183,7 @@ class Decoding:
         shared = self._first_layer(embedding, inputs[0]), self._rows_of_pe(inputs[0])
         return [some._replace(shared=shared) for some in inputs]
 
-    def _packed_decoder(self) -> PackedDecoder | None:
+    def _packed_decoder(self, stamps: _Stamps) -> PackedDecoder | None:
         """The decoder for a GPU, made anew when a weight changes; None where this one must run as it is."""
         decoder, device_type = self.model.mask_decoder, self.model.device.type
         if not is_packed_on(device_type) or self.backend == "torch" or torch.is_autocast_enabled(device_type):
@@ -190,9 +200,9 @@ class Decoding:
                 dtype = weights
             return PackedDecoder(decoder, dtype, self.backend) if can_pack_decoder(decoder) else None
 
-        return self._kept.of("packed decoder", pack, self.precision, stamp(decoder))
+        return self._kept.of("packed decoder", pack, self.precision, stamps.mask_decoder)
 
-    def _cpu_decoder(self) -> CpuDecoder | None:
+    def _cpu_decoder(self, stamps: _Stamps) -> CpuDecoder | None:
         """The decoder for a CPU, looked up anew when a weight changes; None where this one must run as it is."""
         decoder = self.model.mask_decoder
         if self.model.device.type != "cpu":
@@ -203,12 +213,13 @@ class Decoding:
             plain = type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
             return CpuDecoder(decoder, self.backend) if plain else None
 
-        return self._kept.of("cpu decoder", look_up, stamp(decoder))
+        return self._kept.of("cpu decoder", look_up, stamps.mask_decoder)
 
     def _decoder_inputs(
         self,
         embedding: ImageEmbedding,
         prompts: Prompts,
+        stamps: _Stamps,
         cpu: CpuDecoder | None = None,
         packed: PackedDecoder | None = None,
     ) -> Iterator[_DecoderInputs]:
@@ -216,11 +227,8 @@ class Decoding:
         embedding.wait()
         model = self.model
         dtype = weight_dtype(model.mask_decoder)
-        points = None if prompts.points is None else (prompts.points, prompts.labels)
-        masks = None if prompts.masks is None else prompts.masks.to(dtype)
-        extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
-        sparse, dense = model.prompt_encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
-        features, pe = embedding.features.to(dtype), self._image_pe()
+        sparse, dense = self._encode_prompts(prompts, dtype, stamps, graphed=packed is not None)
+        features, pe = embedding.features.to(dtype), self._image_pe(stamps)
         step = max(1, len(sparse))
         if packed is not None:
             step = min(MOST_PROMPTS, step)
@@ -229,7 +237,36 @@ class Decoding:
         for start in range(0, max(1, len(sparse)), step):
             some = slice(start, start + step)
             dense_of_some = dense if len(dense) == 1 else dense[some]
-            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, masks is None, cpu, packed)
+            yield _DecoderInputs(features, pe, sparse[some], dense_of_some, prompts.masks is None, stamps, cpu, packed)
+
+    def _encode_prompts(
+        self, prompts: Prompts, dtype: torch.dtype, stamps: _Stamps, graphed: bool
+    ) -> tuple[Tensor, Tensor]:
+        """What the prompt encoder returns; for clicks, whose small operations keep a host busy, by a graph."""
+        encoder = self.model.prompt_encoder
+        points = None if prompts.points is None else (prompts.points, prompts.labels)
+        masks = None if prompts.masks is None else prompts.masks.to(dtype)
+        extra = {} if prompts.extra_tokens is None else {"extra_tokens": prompts.extra_tokens.to(dtype)}
+        if graphed and prompts.points is not None and prompts.boxes is None and masks is None and not extra:
+            assert prompts.labels is not None
+            graphs = self._graphs_of_points(stamps)
+            if graphs is not None and comes_again(len(prompts.points)):
+
+                def embed(points: Tensor, labels: Tensor) -> tuple[Tensor]:
+                    return (encoder(points=(points, labels), boxes=None, masks=None)[0],)
+
+                dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(1, -1, *encoder.image_embedding_size)
+                return graphs("points", embed, prompts.points, prompts.labels)[0], dense
+        return encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
+
+    def _graphs_of_points(self, stamps: _Stamps) -> Graphs | None:
+        """Those of the prompt encoder, anew when a weight changes; None where somebody listens to it."""
+        encoder = self.model.prompt_encoder
+
+        def make() -> Graphs | None:
+            return Graphs() if type(encoder) is PromptEncoder and is_untouched_throughout(encoder) else None
+
+        return self._kept.of("graphs of points", make, stamps.prompt_encoder)
 
     def _decoder_format(self, cpu: CpuDecoder | None) -> AbstractContextManager:
         """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
@@ -278,22 +315,22 @@ class Decoding:
 
     # -- what is made once
 
-    def _image_pe(self) -> Tensor:
+    def _image_pe(self, stamps: _Stamps) -> Tensor:
         """The positional encoding of the image's tokens; channels last, that `_pixels` copies nothing."""
         encoder = self.model.prompt_encoder
 
         def encode() -> Tensor:
             return encoder.get_dense_pe().contiguous(memory_format=torch.channels_last)
 
-        return self._kept.of("image pe", encode, stamp(encoder))
+        return self._kept.of("image pe", encode, stamps.prompt_encoder)
 
     def _rows_of_pe(self, inputs: _DecoderInputs) -> Tensor:
         """The encoding as rows [1, P, C], in the format of the packed decoder if there is one."""
         packed = inputs.packed
         if packed is None:
             return _pixels(inputs.pe)
-        encoder = stamp(self.model.prompt_encoder)
-        return self._kept.of("packed pe", lambda: _pixels(inputs.pe).to(packed.dtype), encoder, packed.dtype)
+        stamp_of_pe = inputs.stamps.prompt_encoder
+        return self._kept.of("packed pe", lambda: _pixels(inputs.pe).to(packed.dtype), stamp_of_pe, packed.dtype)
 
     def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
         """Projections of an image without mask prompts, kept with it."""
@@ -308,8 +345,7 @@ class Decoding:
         dtype = None if inputs.packed is None else inputs.packed.dtype
         device = embedding.device  # alone: what is kept with an embedding must not keep it alive
         kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
-        of_decoder = stamp(self.model.mask_decoder) if inputs.cpu is None else inputs.cpu.stamp
-        return kept.of(dtype, project, of_decoder, stamp(encoder))
+        return kept.of(dtype, project, inputs.stamps.mask_decoder, inputs.stamps.prompt_encoder)
 
 
 def _pixels(image: Tensor) -> Tensor:

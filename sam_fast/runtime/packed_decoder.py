@@ -27,9 +27,15 @@ from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weight
 _PARTS = {MaskDecoder, TwoWayTransformer, TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
 _PARTS |= {nn.Linear, nn.LayerNorm, nn.Embedding, nn.ConvTranspose2d, nn.ReLU, nn.GELU, nn.ModuleList, nn.Sequential}
 _CHANNELS = (64, 128, 256)  # that kernels take
-# Prompts at a time on a GPU. What one kernel leaves to the next is 2 MB per prompt at 1024 px; the token side's many
-# small operations take nearly as long for few prompts as for these.
-MOST_PROMPTS = 64
+# Prompts at a time on a GPU: the token side's many small operations take nearly as long for few as for these, and that
+# counts for more than the 2 MB per prompt at 1024 px that no longer stay in the cache between one kernel and the next.
+MOST_PROMPTS = 256
+_GRAPHED = 64  # of whose multiples graphs are made, as callers come back with the same numbers of prompts
+
+
+def comes_again(prompts: int) -> bool:
+    """Whether so many prompts are likely to be given more than once: one, or a batch of a round number."""
+    return prompts == 1 or (prompts > 0 and prompts % _GRAPHED == 0)
 
 
 def can_pack(decoder: nn.Module) -> bool:
@@ -126,10 +132,8 @@ class PackedDecoder:
         return logits, scores, count
 
     def _replayed(self, key: Hashable, run: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What `run` returns: by a graph for a single prompt and for as many as come at a time, which are met again."""
-        if len(tensors[-1]) in (1, MOST_PROMPTS):
-            return self._graphs(key, run, *tensors)
-        return run(*tensors)
+        """What `run` returns, by a graph for numbers of prompts that are met again."""
+        return self._graphs(key, run, *tensors) if comes_again(len(tensors[-1])) else run(*tensors)
 
     def project_first_layer(self, image: Tensor, pe: Tensor) -> FirstLayer:
         """What the first layer makes of an image X [1, P, C] that all prompts share; pe is [1, P, C]."""

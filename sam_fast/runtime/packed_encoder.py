@@ -267,5 +267,7 @@ def _pack_weight(weight: Tensor, dtype: torch.dtype, e4m3: bool) -> Weight:
 
 
 def _product_of_8_bits(rows: Tensor, scales: Tensor, weight: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product; on a GPU its sums have some bits less than float32, and still many more than the factors."""
     assert weight.scales is not None
-    return torch._scaled_mm(rows, weight.values, scales, weight.scales, bias=bias, out_dtype=dtype)
+    fast = rows.is_cuda
+    return torch._scaled_mm(rows, weight.values, scales, weight.scales, bias=bias, out_dtype=dtype, use_fast_accum=fast)

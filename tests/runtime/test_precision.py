@@ -142,9 +142,11 @@ def test_masks_of_trained_weights_stay(precision, least, counts, nano):
 @pytest.mark.parametrize("precision, least, counts", [("bf16", 0.99, 0.02), ("fp8", 0.97, 0.05)])
 def test_masks_of_trained_weights_stay_with_the_encoder_for_gpus(precision, least, counts, nano, monkeypatch):
     """Its arithmetic, on whatever device there is."""
-    monkeypatch.setattr(plain, "PACKED_ON", {"cuda", "cpu"})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        nano = copy.deepcopy(nano).cuda()
+    else:
+        monkeypatch.setattr(plain, "PACKED_ON", {"cpu"})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         for module in (inference, decoding, precisions):
             monkeypatch.setattr(module, "resolve_precision", lambda name, device: dtype.get(name, torch.float32))
@@ -157,16 +159,16 @@ def check_masks(precision, least, counts, nano):
 
     Left out are masks smaller than any that nano was trained on: of a handful of pixels one more or less is a third.
     """
-    reference, narrow = SamPredictor(nano), SamPredictor(nano, precision=precision)
+    reference, narrow = SamPredictor(nano, precision="fp32"), SamPredictor(nano, precision=precision)
     ious, records = [], []
     for path in sorted(PHOTOS.glob("*.jpg")):
         image = np.asarray(Image.open(path).convert("RGB"))
         sides = torch.linspace(30, 480, 6)
-        points = torch.cartesian_prod(sides, sides)[:, None]
+        points = torch.cartesian_prod(sides, sides)[:, None].to(nano.device)
         masks = []
         for predictor in (reference, narrow):
             predictor.set_image(image)
-            masks.append(predictor.predict_torch(points, torch.ones(36, 1))[0].flatten(2))
+            masks.append(predictor.predict_torch(points, torch.ones(36, 1, device=nano.device))[0].flatten(2))
         both, either = (masks[0] & masks[1]).sum(2), (masks[0] | masks[1]).sum(2)
         counted = masks[0].sum(2) >= LEAST_AREA * masks[0].shape[2]
         assert counted.float().mean() > 0.6
