@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "arithmetic.h"
 
@@ -46,6 +47,10 @@ void pack_masks(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, i
 
 // bits [rows, row_bytes(width)]  ->  masks [rows, width], one byte per pixel, 0 or 1. Padding bits are ignored.
 void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width, int num_threads);
+
+// The same for masks [height, width] that lie apart, each of which its owner may keep alone.
+void unpack_masks_apart(const std::vector<bool*>& masks, const uint8_t* bits, int64_t height, int64_t width,
+                        int num_threads);
 
 // The same on a GPU; bits start at a multiple of 8 bytes.
 void pack_masks_cuda(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, void* stream);

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sam_fast.ops.connected_components import remove_small_regions
-from sam_fast.ops.packed_masks import place_masks, unpack_masks
+from sam_fast.ops.packed_masks import place_masks, unpack_masks_apart
 from sam_fast.ops.rle import Rle, encode_runs, measure_runs, split_runs
 from sam_fast.ops.rle_string import encode_strings, split_strings
 from sam_fast.runtime.inference import Frame
@@ -133,17 +133,17 @@ class Segmentations:
         return Cleaned(changed, *measure_runs(*runs, height))
 
     def _add_bits(self, bits: Tensor, crop: Crop) -> None:
-        def unpack(one: Tensor) -> np.ndarray:
-            x0, y0, x1, y1 = crop.box
-            mask = unpack_masks(one, x1 - x0, backend=self._backend).numpy()
-            if mask.shape == self._size:
-                return mask
+        x0, y0, x1, y1 = crop.box
+
+        def place(mask: Tensor) -> np.ndarray:
             whole = np.zeros(self._size, dtype=bool)
-            whole[y0:y1, x0:x1] = mask
+            whole[y0:y1, x0:x1] = mask.numpy()
             return whole
 
         def receive(bits: Tensor) -> None:
-            self.finished += in_threads(unpack, list(bits))
+            masks = unpack_masks_apart(bits, x1 - x0, backend=self._backend)
+            fills = (y1 - y0, x1 - x0) == self._size
+            self.finished += [mask.numpy() for mask in masks] if fills else in_threads(place, masks)
 
         self._download.add((bits,), receive)
 

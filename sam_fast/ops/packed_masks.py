@@ -94,6 +94,25 @@ def unpack_masks(bits: torch.Tensor, width: int, *, backend: str = "auto") -> to
     return _unpack_masks(bits, width, backend)
 
 
+def unpack_masks_apart(bits: torch.Tensor, width: int, *, backend: str = "auto") -> list[torch.Tensor]:
+    """`unpack_masks` of N masks into tensors of their own: one that is kept keeps no others in memory.
+
+    Args:
+        bits, width, backend: as of `unpack_masks`, bits being [N, H, row_bytes(width)].
+
+    Returns:
+        N masks [H, W] bool.
+    """
+    check_bits(bits, width)
+    if bits.ndim != 3:
+        raise ValueError(f"bits must be [N, H, {row_bytes(width)}], got {list(bits.shape)}")
+    if choose_backend("packed_masks", backend, bits) == "torch" or native.uses_cuda(bits):
+        return [_unpack_masks(one, width, backend) for one in bits]
+    masks = [torch.empty((bits.shape[1], width), dtype=torch.bool) for _ in range(len(bits))]
+    native.module().unpack_masks_apart(masks, bits.contiguous(), width, native.num_threads())
+    return masks
+
+
 def place_masks(bits: torch.Tensor, width: int, canvas_size: tuple[int, int], offset: tuple[int, int]) -> torch.Tensor:
     """Place packed masks in larger images of zeros, word by word.
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 
 from sam_fast.ops import packed_masks
-from sam_fast.ops.packed_masks import pack_masks, place_masks, row_bytes, unpack_masks
+from sam_fast.ops.packed_masks import pack_masks, place_masks, row_bytes, unpack_masks, unpack_masks_apart
 
 BACKENDS = ["native", "torch"]
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 4, 64), (2, 3, 65), (1, 2, 1023), (4, 300, 257), (0, 5, 9), (2, 0, 9), (2, 5, 0)]
@@ -38,6 +38,21 @@ def poisoned_empty(monkeypatch):
             return empty if name == "empty" else getattr(torch, name)
 
     monkeypatch.setattr(packed_masks, "torch", PoisonedTorch())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [*(shape for shape in SHAPES if len(shape) == 3), (3, 1100, 500)], ids=str)
+def test_masks_apart(shape, backend, poisoned_empty):
+    masks = random_masks(*shape)
+    apart = unpack_masks_apart(pack_masks(masks), shape[-1], backend=backend)
+    assert len(apart) == len(masks) and all(map(torch.equal, apart, masks))
+    if masks.numel():
+        assert len({mask.untyped_storage().data_ptr() for mask in apart}) == len(masks)
+
+
+def test_masks_apart_are_a_row_of_masks():
+    with pytest.raises(ValueError, match=r"\[N, H"):
+        unpack_masks_apart(torch.zeros(2, 8, dtype=torch.uint8), 64)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(0, 0), (1, 8), (64, 8), (65, 16), (1800, 232)])
