@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,31 @@ def _rounded(values: np.ndarray, source: tl.dtype, target: tl.dtype, rounding_mo
 
 
 interpreter._convert_float = _rounded
+
+
+def _multiplies_in_8_bits() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 9)
+    operand = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    scales = torch.ones(16, 1)
+    try:
+        torch._scaled_mm(operand, operand.t(), scales, scales.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return False
+    return True
+
+
+# On CPUs PyTorch 2.11 multiplies 8-bit numbers with one scale for all rows only, 2.13 with one for each.
+needs_8_bits = pytest.mark.skipif(not _multiplies_in_8_bits(), reason="no products of 8-bit rows here")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_convolutions() -> Iterator[None]:
+    """Unless told otherwise, cuDNN rounds float32 to TF32 in PyTorch's own modules, which tests compare to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(scope="session")

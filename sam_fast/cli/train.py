@@ -88,6 +88,9 @@ def train(
     jitter: Annotated[
         tuple[float, float], typer.Option("--jitter", help="Range of random scaling, such as 0.5 2.0.")
     ] = (1.0, 1.0),
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Batches that each image is in, for images that are slow to load.")
+    ] = 1,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 500,
     log_every: Annotated[int, typer.Option("--log-every", help="Steps between rows of metrics.csv.")] = 10,
@@ -129,6 +132,7 @@ def train(
         freeze_encoder=freeze_encoder,
         flip=flip,
         jitter=jitter,
+        repeats=repeats,
         seed=seed,
         save_every=save_every,
         log_every=log_every,

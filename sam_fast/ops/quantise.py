@@ -18,7 +18,7 @@ def quantise(x: Tensor, *, gelu: bool = False, backend: str = "auto") -> tuple[T
 
     Args:
         x: [rows, C], float32 or half precision.
-        gelu: apply x (1 + erf(x / sqrt 2)) / 2 first.
+        gelu: apply x (1 + erf(x / sqrt 2)) / 2 first; kernels for half precision take its form with tanh.
         backend: "triton", "torch" or "auto".
 
     Returns:

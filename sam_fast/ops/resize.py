@@ -24,8 +24,7 @@ from sam_fast.ops.library import register
 
 _FRACTION_BITS = 22
 _LONGEST_SIDE = (1 << 24) - 1  # float32, in which Pillow keeps the frame, is exact up to here
-# Since 13, Pillow begins with the vertical pass where the height shrinks by much more than the width.
-_CHOOSES_ORDER = int(PIL.__version__.split(".")[0]) >= 13
+_PILLOW = tuple(int(part) for part in PIL.__version__.split(".")[:2])  # the order of its passes depends on it
 
 
 def resize(image: Tensor, size: tuple[int, int], *, backend: str = "auto") -> Tensor:
@@ -117,8 +116,15 @@ def preprocess_image_reference(
 
 
 def _passes(source_height: int, source_width: int, height: int, width: int) -> list[int]:
-    """The axes to resize, 0 vertical and 1 horizontal, in Pillow's order; the result depends on it."""
-    vertical_first = _CHOOSES_ORDER and source_height > height and source_height - height > 2 * (source_width - width)
+    """The axes to resize, 0 vertical and 1 horizontal, in Pillow's order; the result depends on it.
+
+    The horizontal pass comes first, but since Pillow 12.2 not for very tall images that shrink in height, and since 13
+    not where the height shrinks by much more than the width.
+    """
+    vertical_first = source_height > height and (
+        (_PILLOW >= (13, 0) and source_height - height > 2 * (source_width - width))
+        or ((12, 2) <= _PILLOW < (13, 0) and source_height > 100 * source_width)
+    )
     axes = {0: source_height != height, 1: source_width != width}
     return [axis for axis in ((0, 1) if vertical_first else (1, 0)) if axes[axis]]
 

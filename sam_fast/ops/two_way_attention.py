@@ -61,6 +61,7 @@ def two_way_attention(
     heads: int,
     *,
     backend: str = "auto",
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Let pixels take from tokens, then let tokens read the pixels; either may be left out.
 
@@ -73,6 +74,7 @@ def two_way_attention(
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton up to 16
             tokens to take from, 32, 64, 128 or 256 channels, and float32 or half precision, which image, pe and all
             that is multiplied with them share; both take 8 heads. What they do not take, auto leaves to PyTorch.
+        overwrite: the caller has no more use for X [N, P, C]: Triton then writes over it, and takes no more memory.
 
     Returns:
         the image that was written [N, P, C], or `image` itself, and what was read, [N, R, C] or None; both of the
@@ -92,7 +94,7 @@ def two_way_attention(
     if torch.compiler.is_compiling():
         written, read = torch.ops.sam_fast.two_way_attention(*arguments)
     else:
-        written, read = _two_way_attention(*arguments)
+        written, read = _two_way_attention(*arguments, overwrite=overwrite)
     return image if write is None else written, None if absorbed_queries is None else read
 
 
@@ -163,14 +165,18 @@ def _for_all(image: Tensor, write: Write) -> Tensor:
 _NO_WRITE: tuple[Any, ...] = (None, None, None, None, 0.0, None, None, None, None)
 
 
-def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any, overwrite: bool = False) -> tuple[Tensor, Tensor]:
     """The operator: what is not written or read is empty."""
     *parts, absorbed_queries, heads, backend = rest
     write = None if parts[0] is None else Write(*parts)
     tensors = [x for x in (image, pe, *parts, absorbed_queries) if isinstance(x, Tensor)]
-    written, read = _two_way_attention_fake(image, pe, *rest)
     takes = _takes(image, pe, write, absorbed_queries, heads)
     chosen = choose_backend("two_way_attention", backend, *tensors, takes=takes)
+    if overwrite and chosen == "triton" and write is not None and image.is_contiguous():
+        read = _read_like(image, len(image), absorbed_queries)
+        _launch(image, read, image, pe, write, absorbed_queries)
+        return image, read
+    written, read = _two_way_attention_fake(image, pe, *rest)
     if chosen == "torch":
         results = two_way_attention_reference(image, pe, write, absorbed_queries, heads)
         return written if write is None else results[0], read if results[1] is None else results[1]
@@ -248,9 +254,13 @@ def _two_way_attention_fake(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tens
     offered, absorbed_queries = rest[0], rest[-3]
     _, P, C = image.shape
     written = image.new_empty(0 if offered is None else len(offered), P, C)
-    if absorbed_queries is None:
-        return written, image.new_empty(len(written), 0, C)
-    return written, image.new_empty(len(absorbed_queries), absorbed_queries.shape[2], C)
+    return written, _read_like(image, len(written), absorbed_queries)
+
+
+def _read_like(image: Tensor, prompts: int, absorbed_queries: Tensor | None) -> Tensor:
+    """Memory for what is read, [N, R, C]; [N, 0, C] if nobody reads."""
+    rows = 0 if absorbed_queries is None else absorbed_queries.shape[2]
+    return image.new_empty(prompts if absorbed_queries is None else len(absorbed_queries), rows, image.shape[2])
 
 
 register(

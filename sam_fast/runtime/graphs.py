@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 Function = Callable[..., tuple[Tensor, ...]]
+
+_recording_lock = threading.Lock()  # a recording begins by waiting for the device, which would call off another one
 
 
 class _Recording(NamedTuple):
@@ -22,9 +25,13 @@ class _Recording(NamedTuple):
 class Graphs:
     """Calls functions by replaying what they launched for inputs of the same shapes and types.
 
-    The first call for some shapes is a plain one, in which kernels are compiled and libraries take their workspaces;
-    the second is recorded. Results are the caller's own: no later call writes over them. Calls may come from any thread
-    and stream; those of one object follow each other, for its graphs share their memory.
+    The first call for some shapes is a plain one, in which kernels are compiled; the second is recorded, after a plain
+    one in the same thread: handles of cuBLAS and cuDNN belong to threads and cannot be made within a recording. Results
+    are the caller's own: no later call writes over them. Calls may come from any thread and stream; those of one object
+    follow each other, for its graphs share their memory.
+
+    A recording fails where another thread waits for the whole device meanwhile (`torch.cuda.synchronize`). The error
+    is the caller's, and the next call records anew.
 
     A function must launch the same work for inputs of the same shapes, wait for nothing on the host, and leave its
     inputs as they are. On a CPU, and while the caller records a graph of its own, it is simply called.
@@ -40,6 +47,7 @@ class Graphs:
         self._met: set[Hashable] = set()
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None  # of recordings only: cuBLAS has a workspace for each stream
         self._last_use: torch.cuda.Event | None = None
 
     def __call__(self, key: Hashable, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -76,10 +84,24 @@ class Graphs:
         return self._recordings[key]
 
     def _record(self, function: Function, inputs: tuple[Tensor, ...]) -> _Recording:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        function(*own)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = function(*own)
+        with _recording_lock, torch.cuda.stream(torch.cuda.current_stream()):  # the stream returns after an error too
+            if self._pool is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            options = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(graph, **options):
+                    outputs = function(*own)
+            except BaseException:
+                self._close_pool(inputs[0].device)
+                raise
         return _Recording(graph, own, outputs)
+
+    def _close_pool(self, device: torch.device) -> None:
+        """After an error: PyTorch may have left the pool open, in which state its allocator takes no memory back."""
+        with contextlib.suppress(RuntimeError):  # it was closed
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
+            torch._C._cuda_releasePool(device.index, self._pool)
+        self._pool = None

@@ -141,20 +141,21 @@ def two_way(
         tokens [N, results, C] and image [N, P, C].
     """
     layers = layers or token_layers(transformer, backend)
-    queries, write = tokens, None
+    queries, write, own = tokens, None, False  # whether `pixels` is made here
     first, pixels = (image, image.image) if isinstance(image, FirstLayer) else (None, image)
     for block in layers.blocks:
         queries = block.share(queries, tokens)
         if first is not None:
             read = _read_projected(block.reading, queries + tokens, first)
         else:
-            pixels, read = _sweep(block.reading, queries + tokens, pixels, pe, write, backend)
+            pixels, read = _sweep(block.reading, queries + tokens, pixels, pe, write, backend, own)
+            own = write is not None
         queries = block.reading.out_proj(read, queries)
         queries = block.mlp(queries, queries)
         write = _offer(block.writing, block.norm, queries + tokens, queries, first)
         first = None
     queries, tokens = queries[:, :results], tokens[:, :results]
-    pixels, read = _sweep(layers.final, queries + tokens, pixels, pe, write, backend)
+    pixels, read = _sweep(layers.final, queries + tokens, pixels, pe, write, backend, own)
     return layers.final.out_proj(read, queries), pixels
 
 
@@ -195,14 +196,22 @@ def _sharing(
 
 
 def _sweep(
-    layers: _AttentionLayers, queries: Tensor, image: Tensor, pe: Tensor, write: Write | None, backend: str
+    layers: _AttentionLayers,
+    queries: Tensor,
+    image: Tensor,
+    pe: Tensor,
+    write: Write | None,
+    backend: str,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor]:
     """Write into images [N or 1, P, C], then let tokens [N, T, C] read them: images [N, P, C], values [N, T, h d]."""
     N, T, _ = queries.shape
     attention = layers.attention
     q = layers.q_proj(queries) * _scale(attention)
     absorbed = _absorb(attention, q, attention.k_proj.weight).transpose(1, 2)  # [N, C, R]
-    image, read = two_way_attention(image, pe[0], write, absorbed, attention.num_heads, backend=backend)
+    image, read = two_way_attention(
+        image, pe[0], write, absorbed, attention.num_heads, backend=backend, overwrite=overwrite
+    )
     assert read is not None
     by_head = read.reshape(N * T, attention.num_heads, read.shape[2]).transpose(0, 1)  # [h, N T, C]
     values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [h, N T, d]

@@ -35,6 +35,7 @@ class TrainConfig:
         freeze_encoder: leave the image encoder as it is.
         flip: mirror images at random.
         jitter: range of random scaling; see `batches.Augmentation`.
+        repeats: batches that show the same samples; see `batches.TrainingBatches`.
         seed: of everything random.
         save_every: steps between checkpoints.
         log_every: steps between rows of the log.
@@ -67,6 +68,7 @@ class TrainConfig:
     freeze_encoder: bool = False
     flip: bool = True
     jitter: tuple[float, float] = (1.0, 1.0)
+    repeats: int = 1
     seed: int = 0
     save_every: int = 500
     log_every: int = 10
@@ -76,7 +78,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "jitter", tuple(self.jitter))
-        positive = ("steps", "batch_size", "accumulate", "prompts", "smallest", "save_every", "log_every")
+        positive = ("steps", "batch_size", "accumulate", "prompts", "smallest", "repeats", "save_every", "log_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -158,12 +158,11 @@ def draw_anchors(regions: Tensor, count: int, generator: torch.Generator) -> Ten
 
     A region is drawn as often as the square root of its area says: small ones count, and large ones count more.
     """
-    drawn = []
-    for image in regions.flatten(1):
-        _, number, areas = image.unique(return_inverse=True, return_counts=True)
-        weights = areas[number].float().rsqrt() * (image >= 0)
-        drawn.append(torch.multinomial(weights, count, replacement=True, generator=generator))
-    return torch.stack(drawn)
+    numbers = regions.flatten(1) + 1  # 0 in the padding
+    areas = torch.zeros(len(numbers), numbers.shape[1] + 1, dtype=torch.int64, device=numbers.device)
+    areas.scatter_add_(1, numbers, torch.ones_like(numbers))
+    weights = areas.gather(1, numbers).float().rsqrt() * (numbers > 0)
+    return torch.multinomial(weights, count, replacement=True, generator=generator)
 
 
 def _mean_over_pixels(values: Tensor, valid: Tensor | None) -> Tensor:

@@ -78,6 +78,7 @@ class Transferable(Protocol):
 
 Config = TypeVar("Config", bound=RunConfig)
 Batch = TypeVar("Batch", bound=Transferable)
+Item = TypeVar("Item")
 
 
 class TrainingRun(ABC, Generic[Config, Batch]):
@@ -136,6 +137,10 @@ class TrainingRun(ABC, Generic[Config, Batch]):
     def batches(self, length: int) -> Dataset[Batch]:
         """`length` batches, of which each is a function of its index alone."""
 
+    def stream(self, start: int, length: int) -> Iterator[Batch]:
+        """Of `length` batches those from `start` on."""
+        return iter(self.load_ahead(self.batches(length), range(start, length)))
+
     @abstractmethod
     def learn(self, batch: Batch, rng: np.random.Generator, scale: float) -> Tensor:
         """Add the gradients of `scale` times the loss of a batch; return its statistics, one number per name."""
@@ -160,7 +165,7 @@ class TrainingRun(ABC, Generic[Config, Batch]):
         log = TrainingLog(self.output, self.step + 1) if self.world.is_main else None
         meter = _Meter(config, self.world, self.statistics)
         self.model.train()
-        batches = iter(self._loader())
+        batches = self.stream(self.step * config.accumulate, config.steps * config.accumulate)
         while self.step < config.steps:
             batch, norm = self._train_step(batches, meter)
             self.step += 1
@@ -204,13 +209,12 @@ class TrainingRun(ABC, Generic[Config, Batch]):
         config = self.config
         return learning_rate(step, base=config.lr, warmup=config.warmup, steps=config.steps, schedule=config.schedule)
 
-    def _loader(self) -> DataLoader[Batch]:
-        """The batches from the current step on."""
-        length = self.config.steps * self.config.accumulate
+    def load_ahead(self, items: Dataset[Item], indices: range) -> DataLoader[Item]:
+        """Items of a dataset in order, made by the loader processes and ready for the device."""
         return DataLoader(
-            self.batches(length),
+            items,
             batch_size=None,
-            sampler=range(self.step * self.config.accumulate, length),
+            sampler=indices,
             num_workers=self.config.workers,
             pin_memory=self.world.device.type == "cuda",
         )

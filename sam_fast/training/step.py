@@ -19,6 +19,7 @@ from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, pr
 from sam_fast.training.prompts import error_clicks, plan_passes
 
 _ANCHORS = 48  # pixels of an image that others are compared with
+_TOGETHER = 64 * 64 * 64  # tokens of the embeddings of all prompts that pass the decoder at once on a GPU
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,11 @@ class StepStatistics:
 
 @dataclass
 class _Objects:
-    """N objects of one image, and every prompt given so far. Those with a box come first."""
+    """N objects of one or several images, and every prompt given so far. Those with a box come first."""
 
+    image: Tensor | None  # [N], which image of several each lies in; None if there is one
     targets: Tensor  # [N, s, s]
+    valid: Tensor  # [1, s, s] of the one image, or [N, s, s]; False in the padding
     boxes: Tensor  # [n, 4], of the first n objects
     coords: Tensor  # [N, K, 2]
     labels: Tensor  # [N, K]
@@ -81,10 +84,12 @@ class _Objects:
         """Whether nothing but the first prompt was given, so that its meaning may be ambiguous."""
         return self.mask_input is None
 
-    def select(self, rows: Tensor) -> _Objects:
-        """The objects at ascending indices `rows`, before any correction."""
-        boxes = self.boxes[rows[rows < len(self.boxes)]]
-        return _Objects(self.targets[rows], boxes, self.coords[rows], self.labels[rows])
+    def select(self, rows: Tensor, boxed: int) -> _Objects:
+        """The objects at ascending indices `rows`, of which the first `boxed` have a box, before any correction."""
+        image = None if self.image is None else self.image[rows]
+        valid = self.valid if self.image is None else self.valid[rows]
+        boxes = self.boxes[rows[:boxed]]
+        return _Objects(image, self.targets[rows], valid, boxes, self.coords[rows], self.labels[rows])
 
 
 class InteractiveStep:
@@ -92,18 +97,30 @@ class InteractiveStep:
 
     Every pass of the decoder is back-propagated at once, into the parameters of the decoder and into the embedding;
     the encoder follows when all passes are done. Memory thus does not grow with the number of clicks.
+
+    Image by image, prompts share the decoder's first layer, which suits a CPU. A GPU would wait for the launches of
+    small operations: there as many images pass the decoder together as have 64 prompts at 64 x 64 tokens.
     """
 
-    def __init__(self, model: Sam, *, train_encoder: bool, autocast: AbstractContextManager[object]) -> None:
+    def __init__(
+        self,
+        model: Sam,
+        *,
+        train_encoder: bool,
+        autocast: AbstractContextManager[object],
+        together: int | None = None,
+    ) -> None:
         """
         Args:
             model: the Sam to train, in training mode.
             train_encoder: whether the image encoder gets gradients.
             autocast: context in which the model is run.
+            together: images that pass the decoder together; by default 1 on a CPU, and what memory allows on a GPU.
         """
         self.model = model
         self.train_encoder = train_encoder
         self.autocast = autocast
+        self.together = together
 
     def __call__(
         self, batch: TrainingBatch, settings: StepSettings, rng: np.random.Generator, scale: float = 1.0
@@ -123,12 +140,14 @@ class InteractiveStep:
         passes = plan_passes(settings.clicks, rng)
         columns: dict[str, Tensor] = {}
         if settings.prompted:
-            # Image by image: the decoder's first layer is shared by all prompts of an image.
-            images = [
-                self._image(embeddings[i : i + 1], batch, i, passes, settings, rng, generator, scale / len(embeddings))
-                for i in range(len(embeddings))
-            ]
-            columns = {name: torch.stack([image[name] for image in images]).mean() for name in images[0]}
+            together = self.together or _images_together(batch, embeddings)
+            shares = []
+            for first in range(0, len(embeddings), together):
+                images = range(first, min(first + together, len(embeddings)))
+                share = len(images) / len(embeddings)
+                found = self._prompt(embeddings, batch, images, passes, settings, rng, generator, scale * share)
+                shares.append(share * torch.stack(list(found.values())))
+            columns = dict(zip(found, torch.stack(shares).sum(0), strict=True))
         if settings.grouping > 0:
             columns["grouping_iou"] = self._group(embeddings, batch, settings, generator, scale)
         if self.train_encoder:
@@ -148,32 +167,32 @@ class InteractiveStep:
         embeddings.grad = gradient if embeddings.grad is None else embeddings.grad + gradient
         return iou
 
-    def _image(
+    def _prompt(
         self,
-        embedding: Tensor,
+        embeddings: Tensor,
         batch: TrainingBatch,
-        index: int,
+        images: range,
         passes: list[bool],
         settings: StepSettings,
         rng: np.random.Generator,
         generator: torch.Generator,
         scale: float,
     ) -> dict[str, Tensor]:
-        """All passes over the objects of one image, embedding [1, C, h, w]: its part of the statistics."""
-        objects, valid = _first_prompts(batch, index, settings, rng)
-        loss, logits, predicted = self._learn(embedding, objects, valid, settings, scale)
+        """All passes over the objects of some images of embeddings [B, C, h, w]: the means over these objects."""
+        embedding = embeddings[images.start : images.stop]
+        objects, order = _first_prompts(batch, images, settings, rng)
+        loss, logits, predicted = self._learn(embedding, objects, settings, scale)
         confident = _gather(loss.iou, predicted.argmax(1))
         best, iou_error = loss.iou.max(1).values, (predicted - loss.iou).abs()
         total, last = loss.total.mean(), confident
         if passes:
-            count = len(predicted) if settings.refined is None else min(settings.refined, len(predicted))
-            rows = torch.from_numpy(np.sort(rng.permutation(len(predicted))[:count])).to(predicted.device)
-            objects, logits, predicted = objects.select(rows), logits[rows], predicted[rows]
+            rows = _draw_refined(order, len(images), settings.refined, rng)
+            boxed = int((rows < len(objects.boxes)).sum())
+            chosen = _to_device(rows, predicted.device)
+            objects, logits, predicted = objects.select(chosen, boxed), logits[chosen], predicted[chosen]
         for new_click in passes:
-            _feed_back(objects, logits, predicted, new_click, generator, valid, scale=batch.scale)
-            loss, logits, predicted = self._learn(
-                embedding, objects, valid, settings, scale * settings.correction_weight
-            )
+            _feed_back(objects, logits, predicted, new_click, generator, scale=batch.scale)
+            loss, logits, predicted = self._learn(embedding, objects, settings, scale * settings.correction_weight)
             total, last = total + settings.correction_weight * loss.total.mean(), loss.iou[:, 0]
         return {
             "loss": total.detach(),
@@ -184,17 +203,18 @@ class InteractiveStep:
         }
 
     def _learn(
-        self, embedding: Tensor, objects: _Objects, valid: Tensor, settings: StepSettings, scale: float
+        self, embedding: Tensor, objects: _Objects, settings: StepSettings, scale: float
     ) -> tuple[PromptLoss, Tensor, Tensor]:
         """One pass of the decoder, back-propagated: its loss, logits [N, M, s, s] and predicted IoU [N, M]."""
         with self.autocast:
             logits, predicted = self._decode(embedding, objects)
         joint, boxed = torch.zeros((), device=logits.device), len(objects.boxes)
+        valid = objects.valid
         if objects.single_prompt:
             if boxed:
                 # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
                 single = prompt_loss(
-                    logits[:boxed, :1], predicted[:boxed, :1], objects.targets[:boxed], valid, settings.blend
+                    logits[:boxed, :1], predicted[:boxed, :1], objects.targets[:boxed], valid[:boxed], settings.blend
                 )
                 joint = single.total.sum() / len(logits)
             several = self.model.mask_decoder.num_multimask_outputs
@@ -204,22 +224,24 @@ class InteractiveStep:
         return loss, logits.detach().float(), predicted.detach().float()
 
     def _decode(self, embedding: Tensor, objects: _Objects) -> tuple[Tensor, Tensor]:
-        """The masks to train, logits [N, M, s, s] and predicted IoU [N, M].
+        """The masks to train, logits [N, M, s, s] and predicted IoU [N, M], from the embedding of each image.
 
         For several prompts the single one; for one prompt the three others, behind the single one if there are boxes.
         """
         encoder, decoder, boxed = self.model.prompt_encoder, self.model.mask_decoder, len(objects.boxes)
         sparse = []
-        if boxed:
-            points = None if objects.single_prompt else (objects.coords[:boxed, 1:], objects.labels[:boxed, 1:])
-            sparse.append(encoder(points=points, boxes=objects.boxes, masks=None)[0])
-        if boxed < len(objects.targets):
-            points = objects.coords[boxed:], objects.labels[boxed:]
-            sparse.append(encoder(points=points, boxes=None, masks=None)[0])
+        with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 would move points by a pixel
+            if boxed:
+                points = None if objects.single_prompt else (objects.coords[:boxed, 1:], objects.labels[:boxed, 1:])
+                sparse.append(encoder(points=points, boxes=objects.boxes, masks=None)[0])
+            if boxed < len(objects.targets):
+                points = objects.coords[boxed:], objects.labels[boxed:]
+                sparse.append(encoder(points=points, boxes=None, masks=None)[0])
+            places = encoder.get_dense_pe()
         dense = encoder(points=None, boxes=None, masks=objects.mask_input)[1]
         tokens, image, iou = decoder.predict_tokens(
-            image_embeddings=embedding,
-            image_pe=encoder.get_dense_pe(),
+            image_embeddings=embedding if objects.image is None else embedding[objects.image],
+            image_pe=places,
             sparse_prompt_embeddings=torch.cat(sparse),
             dense_prompt_embeddings=dense,
         )
@@ -234,7 +256,6 @@ def _feed_back(
     predicted: Tensor,
     new_click: bool,
     generator: torch.Generator,
-    valid: Tensor,
     *,
     scale: int,
 ) -> None:
@@ -242,34 +263,57 @@ def _feed_back(
     best = _gather(logits, predicted.argmax(1))  # [N, s, s]
     objects.mask_input = best[:, None]
     if new_click:
-        coords, labels = error_clicks(best, objects.targets, scale, generator, valid)
+        coords, labels = error_clicks(best, objects.targets, scale, generator, objects.valid)
         objects.coords = torch.cat([objects.coords, coords[:, None]], dim=1)
         objects.labels = torch.cat([objects.labels, labels[:, None]], dim=1)
 
 
 def _first_prompts(
-    batch: TrainingBatch, index: int, settings: StepSettings, rng: np.random.Generator
-) -> tuple[_Objects, Tensor]:
-    """The objects of image `index`, a random share of them with a box, the others with a point.
+    batch: TrainingBatch, images: range, settings: StepSettings, rng: np.random.Generator
+) -> tuple[_Objects, np.ndarray]:
+    """The objects of some images, a random share of them with a box, the others with a point.
 
     Returns:
-        the objects, and [1, s, s], False in the padding of the image.
+        the objects, and where each stood before those with a box came first: image by image, K of each.
     """
     K, side = batch.targets.shape[1:3]
     device = batch.images.device
-    with_box = torch.from_numpy(rng.random(K) < settings.box_share)
-    order = torch.argsort(with_box, descending=True, stable=True).to(device)
-    boxed = int(with_box.sum())
+    with_box = rng.random(len(images) * K) < settings.box_share
+    boxed, order = int(with_box.sum()), np.argsort(~with_box, kind="stable")
+    rows = _to_device(images.start * K + order, device)
     pixels = batch.scale * torch.arange(side, device=device)
-    height, width = batch.sizes[index]
+    heights, widths = batch.sizes[images.start : images.stop].unbind(1)
+    valid = (pixels < heights[:, None])[:, :, None] & (pixels < widths[:, None])[:, None]
+    image = None if len(images) == 1 else rows // K - images.start
     objects = _Objects(
-        targets=batch.targets[index, order],
-        boxes=batch.boxes[index, order[:boxed]],
+        image=image,
+        targets=batch.targets.flatten(0, 1)[rows],
+        valid=valid if image is None else valid[image],
+        boxes=batch.boxes.flatten(0, 1)[rows[:boxed]],
         # An object with a box has no first point: its column is there, and left out when prompts are encoded.
-        coords=batch.points[index, order][:, None],
-        labels=torch.ones(K, 1, dtype=torch.int64, device=device),
+        coords=batch.points.flatten(0, 1)[rows][:, None],
+        labels=torch.ones(len(order), 1, dtype=torch.int64, device=device),
     )
-    return objects, ((pixels < height)[:, None] & (pixels < width))[None]
+    return objects, order
+
+
+def _draw_refined(order: np.ndarray, images: int, refined: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Draw `refined` objects of each image to correct (None: all): ascending rows, see `_first_prompts` for `order`."""
+    K = len(order) // images
+    rows_of = np.argsort(order // K, kind="stable").reshape(images, K)
+    return np.sort(np.concatenate([rng.permutation(rows)[:refined] for rows in rows_of]))
+
+
+def _images_together(batch: TrainingBatch, embeddings: Tensor) -> int:
+    """How many images pass the decoder together where the caller does not say."""
+    if embeddings.device.type == "cpu":
+        return 1
+    return max(1, _TOGETHER // (batch.targets.shape[1] * embeddings[0, 0].numel()))
+
+
+def _to_device(indices: np.ndarray, device: torch.device) -> Tensor:
+    """The same indices as a tensor, without waiting for the device."""
+    return torch.from_numpy(indices).to(device, non_blocking=True)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

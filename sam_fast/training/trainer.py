@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sam_fast.data.sample import SampleSource
 from sam_fast.modeling import Sam
-from sam_fast.training.batches import Augmentation, TrainingBatch, TrainingBatches
+from sam_fast.training.batches import Augmentation, Blocks, TrainingBatch, TrainingBatches
 from sam_fast.training.config import TrainConfig
 from sam_fast.training.distributed import World
 from sam_fast.training.logs import draw_predictions
@@ -71,7 +71,14 @@ class Trainer(TrainingRun[TrainConfig, TrainingBatch]):
             rank=self.world.rank,
             world_size=self.world.size,
             augmentation=Augmentation(config.flip, config.jitter),
+            repeats=config.repeats,
         )
+
+    def stream(self, start: int, length: int) -> Iterator[TrainingBatch]:
+        if self.config.repeats == 1:
+            return super().stream(start, length)
+        blocks = Blocks(self.batches(length))
+        return blocks.interleave(iter(self.load_ahead(blocks, blocks.needed(start))), start)
 
     def learn(self, batch: TrainingBatch, rng: np.random.Generator, scale: float) -> Tensor:
         config = self.config

@@ -106,6 +106,18 @@ def check(arguments: tuple, dtype: torch.dtype) -> None:
         assert relative_error(read.double(), expected_read) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("name", ["13 tokens, an image each", "nobody writes into an image each"])
+def test_writes_over_an_image_that_is_not_needed(name, dtype):
+    shape, options = CASES[name]
+    arguments = problem(*shape, dtype, **options)
+    expected = two_way_attention(*arguments, 8, backend="triton")
+    image = arguments[0].clone()
+    written, read = two_way_attention(image, *arguments[1:], 8, backend="triton", overwrite=True)
+    assert written.data_ptr() == image.data_ptr()
+    for ours, theirs in zip((written, read), expected, strict=True):
+        assert ours is not None and theirs is not None and torch.equal(ours, theirs)
+
+
 def test_size_of_the_decoder():
     check(problem(1, 70, 256, 7, 5, torch.bfloat16, projected=True), torch.bfloat16)
 

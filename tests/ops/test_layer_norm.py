@@ -94,9 +94,11 @@ def test_in_8_bits(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equal_channels_give_the_bias(backend):
+    """Their mean may be off by a bit or two of a float32, which is divided by the square root of epsilon."""
     x, weight, bias = torch.full((3, 24), 5.0), torch.ones(24), torch.linspace(-1, 1, 24)
     y, _ = layer_norm(x.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), 1e-6, backend=backend)
-    torch.testing.assert_close(y.cpu(), bias.expand(3, 24))
+    bit = 4 * torch.finfo(torch.float32).eps  # between neighbours of 5
+    torch.testing.assert_close(y.cpu(), bias.expand(3, 24), rtol=0, atol=2 * bit / 1e-6**0.5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

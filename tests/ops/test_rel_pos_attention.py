@@ -28,6 +28,13 @@ def problem(
     return qkv, bias, (rel_h, rel_w)
 
 
+def problem_on(
+    device: str, size: tuple[int, int], window: tuple[int, int], d: int = 16
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    qkv, bias, (rel_h, rel_w) = problem(size, window, d=d)
+    return qkv.to(device), bias.to(device), (rel_h.to(device), rel_w.to(device))
+
+
 def check(qkv: Tensor, bias: Tensor | None, rel_pos: tuple[Tensor, Tensor] | None, window: tuple[int, int]) -> None:
     got = rel_pos_attention(qkv, bias, rel_pos, window, backend="native")
     wide = None if rel_pos is None else (rel_pos[0].double(), rel_pos[1].double())
@@ -172,11 +179,11 @@ def test_triton_keeps_not_a_number_in_its_window_and_head(window):
 
 
 def test_triton_refuses_what_it_cannot_do():
-    qkv, bias, rel_pos = problem((3, 4), (2, 2))
+    qkv, bias, rel_pos = problem_on(DEVICE, (3, 4), (2, 2))
     with pytest.raises(ValueError, match="no qkv_bias"):
         rel_pos_attention(qkv, bias, rel_pos, (2, 2), backend="triton")
     with pytest.raises(ValueError, match="heads as wide as"):
-        rel_pos_attention(problem((4, 4), (2, 2), d=24)[0], None, None, (2, 2), backend="triton")
+        rel_pos_attention(problem_on(DEVICE, (4, 4), (2, 2), d=24)[0], None, None, (2, 2), backend="triton")
     with pytest.raises(ValueError, match="one type"):
         rel_pos_attention(qkv.half(), None, rel_pos, (2, 2), backend="triton")
 
@@ -199,7 +206,7 @@ def test_bad_input():
 
 @pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
-    qkv, bias, rel_pos = problem((4, 8), (4, 4))
+    qkv, bias, rel_pos = problem_on(DEVICE if backend == "triton" else "cpu", (4, 8), (4, 4))
     for arguments in ((qkv, bias, *rel_pos), (qkv, None, None, None)):
         torch.library.opcheck(torch.ops.sam_fast.rel_pos_attention.default, (*arguments, 4, 4, 0.25, backend))
 

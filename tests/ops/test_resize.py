@@ -61,6 +61,7 @@ def test_reference_equals_pillow_at_one_scale(height, width, longest):
         ((30, 5), (10, 5)),  # one pass, vertical
         ((6, 9), (6, 9)),  # none
         ((24, 11), (8, 19)),  # vertical first, since Pillow 13
+        ((303, 3), (20, 2)),  # vertical first, since Pillow 12.2
         ((13, 20), (9, 14)),
         ((160, 4), (4, 1)),
         ((4, 160), (1, 4)),
@@ -87,11 +88,27 @@ def test_photo_equals_pillow(photo):
     assert_equals_pillow(photo[:400], (800, 1024), "torch")
 
 
-def test_before_pillow_13_the_horizontal_pass_came_first(monkeypatch):
-    monkeypatch.setattr("sam_fast.ops.resize._CHOOSES_ORDER", False)
-    image = noise(60, 31)
-    expected = by_pillow(by_pillow(image, (60, 90)), (20, 90))
-    np.testing.assert_array_equal(resize(torch.tensor(image), (20, 90)).numpy(), expected)
+@pytest.mark.parametrize(
+    ("version", "source", "target", "vertical_first"),
+    [
+        ((12, 1), (604, 6), (20, 9), False),
+        ((12, 2), (604, 6), (20, 9), True),
+        ((12, 2), (600, 6), (20, 9), False),  # not taller than 100 times its width
+        ((12, 2), (604, 6), (610, 9), False),
+        ((13, 0), (60, 31), (20, 90), True),
+        ((12, 2), (60, 31), (20, 90), False),
+        ((13, 0), (60, 55), (20, 35), False),
+        ((13, 0), (60, 54), (20, 35), True),
+    ],
+    ids=str,
+)
+def test_passes_follow_the_version_of_pillow(version, source, target, vertical_first, monkeypatch):
+    """The order in which Pillow of that version was seen to work, as two calls of the Pillow that is here."""
+    monkeypatch.setattr("sam_fast.ops.resize._PILLOW", version)
+    image = noise(*source)
+    between = (target[0], source[1]) if vertical_first else (source[0], target[1])
+    expected = by_pillow(by_pillow(image, between), target)
+    np.testing.assert_array_equal(resize(torch.tensor(image), target, backend="torch").numpy(), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ from torch import Tensor
 from sam_fast.modeling.transformer import Attention
 from sam_fast.ops.two_way_attention import Write, two_way_attention, two_way_attention_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
 
 
@@ -51,10 +52,19 @@ def problem(
     return image, pe, write, queries
 
 
-def in_float64(arguments: tuple) -> tuple:
+def converted(arguments: tuple, to: torch.dtype | str) -> tuple:
     image, pe, write, queries = arguments
-    wide = None if write is None else Write(*(x.double() if isinstance(x, Tensor) else x for x in write))
-    return image.double(), pe.double(), wide, None if queries is None else queries.double()
+    write = None if write is None else Write(*(x.to(to) if isinstance(x, Tensor) else x for x in write))
+    return image.to(to), pe.to(to), write, None if queries is None else queries.to(to)
+
+
+def in_float64(arguments: tuple) -> tuple:
+    return converted(arguments, torch.float64)
+
+
+def for_backend(backend: str, arguments: tuple) -> tuple:
+    """Arguments where that backend runs."""
+    return converted(arguments, DEVICE if backend == "triton" else "cpu")
 
 
 CASES = {
@@ -144,7 +154,7 @@ def test_bad_input():
 
 
 def test_bad_input_of_triton():
-    arguments = problem(2, 60, 32, 3, 3, shared=True, projected=False)
+    arguments = for_backend("triton", problem(2, 60, 32, 3, 3, shared=True, projected=False))
     image, pe, write, queries = arguments
     assert write is not None and queries is not None and write.constant is not None
 
@@ -158,12 +168,12 @@ def test_bad_input_of_triton():
     with pytest.raises(ValueError, match=r"bfloat16.*float32"):  # what is multiplied has one type
         run(image, pe, write, queries.bfloat16())
     with pytest.raises(ValueError, match="16 tokens"):
-        run(*problem(2, 60, 32, 17, 3, shared=True, projected=False))
+        run(*for_backend("triton", problem(2, 60, 32, 17, 3, shared=True, projected=False)))
     for name in ("offered", "bias", "norm_weight", "norm_bias", "absorbed_keys", "constant"):
         with pytest.raises(ValueError, match=f"{name} has the wrong size"):
             run(image, pe, write._replace(**{name: getattr(write, name)[..., :-1]}), queries)
     for name in ("queries", "keys"):
-        projected = problem(2, 60, 32, 3, 3, shared=True, projected=True)[2]
+        projected = for_backend("triton", problem(2, 60, 32, 3, 3, shared=True, projected=True))[2]
         with pytest.raises(ValueError, match=f"{name} has the wrong size"):
             run(image, pe, projected._replace(**{name: getattr(projected, name)[:-1]}), queries)
     with pytest.raises(ValueError, match="prompts"):
@@ -174,7 +184,7 @@ def test_bad_input_of_triton():
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_no_prompts(backend):
-    image, pe, write, queries = problem(0, 60, 32, 3, 3, shared=True, projected=False)
+    image, pe, write, queries = for_backend(backend, problem(0, 60, 32, 3, 3, shared=True, projected=False))
     written, read = two_way_attention(image, pe, write, queries, 8, backend=backend)
     assert read is not None and written.shape == (0, 60, 32) and read.shape == (0, 24, 32)
 
@@ -182,7 +192,8 @@ def test_no_prompts(backend):
 @pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
     for projected in (False, True):
-        image, pe, write, queries = problem(2, 20, 32, 3, 2, shared=True, projected=projected)
+        arguments = problem(2, 20, 32, 3, 2, shared=True, projected=projected)
+        image, pe, write, queries = for_backend(backend, arguments)
         assert write is not None
         arguments = (image, pe, *write, queries, 8, backend)
         torch.library.opcheck(torch.ops.sam_fast.two_way_attention.default, arguments)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sam_fast.ops.upscale_masks import Upscaling, upscale_masks, upscale_masks_reference
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 TOLERANCE = 1e-5  # of float32 against float64; 5e-7 measured
 
 
@@ -31,10 +32,18 @@ def problem(images: int, height: int, width: int, channels: int, masks: int) -> 
     return random(images, height, width, channels), weights, random(images, masks, second)
 
 
-def in_float64(arguments: tuple[Tensor, Upscaling, Tensor]) -> tuple[Tensor, Upscaling, Tensor]:
+def converted(arguments: tuple[Tensor, Upscaling, Tensor], to: torch.dtype | str) -> tuple[Tensor, Upscaling, Tensor]:
     image, weights, classifiers = arguments
-    wide = Upscaling(*(x.double() if isinstance(x, Tensor) else x for x in weights))
-    return image.double(), wide, classifiers.double()
+    weights = Upscaling(*(x.to(to) if isinstance(x, Tensor) else x for x in weights))
+    return image.to(to), weights, classifiers.to(to)
+
+
+def in_float64(arguments: tuple[Tensor, Upscaling, Tensor]) -> tuple[Tensor, Upscaling, Tensor]:
+    return converted(arguments, torch.float64)
+
+
+def device_of(backend: str) -> str:
+    return DEVICE if backend == "triton" else "cpu"
 
 
 SHAPES = [
@@ -71,7 +80,7 @@ def test_not_a_number_stays_in_its_square():
 
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_nothing(backend):
-    image, weights, classifiers = problem(2, 6, 5, 64, 3)
+    image, weights, classifiers = converted(problem(2, 6, 5, 64, 3), device_of(backend))
     assert upscale_masks(image[:0], weights, classifiers[:0], backend=backend).shape == (0, 3, 24, 20)
     assert upscale_masks(image, weights, classifiers[:, :0], backend=backend).shape == (2, 0, 24, 20)
 
@@ -93,17 +102,17 @@ def test_bad_input():
 
 @pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_operator_is_registered_well(backend):
-    image, weights, classifiers = problem(2, 3, 4, 64, 3)
-    rows = torch.tensor([[2, 0, 1], [5, 3, 4]], dtype=torch.int32)
+    image, weights, classifiers = converted(problem(2, 3, 4, 64, 3), device_of(backend))
+    rows = torch.tensor([[2, 0, 1], [5, 3, 4]], dtype=torch.int32, device=image.device)
     for chosen in (None, rows):
         torch.library.opcheck(torch.ops.sam_fast.upscale_masks.default, (image, *weights, classifiers, chosen, backend))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "triton"])
 def test_rows_name_the_masks_that_are_wanted(backend):
-    image, weights, classifiers = problem(3, 3, 5, 64, 3)
+    image, weights, classifiers = converted(problem(3, 3, 5, 64, 3), device_of(backend))
     every = upscale_masks(image, weights, classifiers, backend=backend)
-    rows = torch.tensor([[-1, 4, -1], [-1, -1, -1], [0, -1, 1]], dtype=torch.int32)
+    rows = torch.tensor([[-1, 4, -1], [-1, -1, -1], [0, -1, 1]], dtype=torch.int32, device=image.device)
     image[1] = torch.nan  # nobody looks
     logits = upscale_masks(image, weights, classifiers, rows, backend=backend)
     assert logits.shape == (9, 12, 20)
@@ -119,7 +128,7 @@ def test_bad_rows():
 
 
 def test_bad_input_of_triton():
-    image, weights, classifiers = problem(2, 3, 5, 64, 3)
+    image, weights, classifiers = converted(problem(2, 3, 5, 64, 3), DEVICE)
     with pytest.raises(ValueError, match="float64"):
         upscale_masks(*in_float64((image, weights, classifiers)), backend="triton")
     with pytest.raises(ValueError, match="got 64, 17"):

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from sam_fast.data.sample import Sample
 from sam_fast.training.batches import (
     Augmentation,
+    Blocks,
     TrainingBatch,
     TrainingBatches,
     low_resolution,
@@ -46,6 +47,30 @@ def test_a_batch_depends_on_its_index_alone():
     assert not equal(wanted, make(seed=6)[7])
     loaded = list(DataLoader(make(), batch_size=None, sampler=range(6, 9), num_workers=2))
     assert equal(loaded[1], wanted), "and not on the process that makes it"
+
+
+def test_repeats_show_the_same_samples_far_apart():
+    class Watched(Rectangles):
+        def load(self, index, **options):
+            seen.append(index)
+            return super().load(index, **options)
+
+    seen: list[int] = []
+    batches = make(Watched(1000), repeats=3, length=70, augmentation=Augmentation(jitter=(1.0, 1.6)))
+    shown = []
+    for index in range(len(batches)):
+        seen.clear()
+        wanted = batches[index]
+        shown.append((tuple(seen), wanted))
+    assert [samples for samples, _ in shown[:48]] == [samples for samples, _ in shown[:16]] * 3
+    assert len({samples for samples, _ in shown}) == 16 + 16, "48 batches of 16 blocks, 22 of the 16 after them"
+    assert not equal(shown[0][1], shown[16][1]) and not equal(shown[16][1], shown[32][1])
+    assert equal(shown[0][1], make(Watched(1000), augmentation=Augmentation(jitter=(1.0, 1.6)))[0])
+    for start in (0, 5, 40, 48, 69):
+        blocks = Blocks(batches)
+        found = list(blocks.interleave((blocks[i] for i in blocks.needed(start)), start))
+        assert len(found) == 70 - start
+        assert all(equal(a, b) for a, (_, b) in zip(found, shown[start:], strict=True))
 
 
 def test_processes_share_no_sample_and_an_epoch_has_all():

@@ -82,6 +82,48 @@ def test_gradients_equal_those_of_the_plain_model(box_share):
         assert (found[name] - gradient).abs().max() / scale < 1e-3, name
 
 
+@pytest.mark.parametrize("box_share", [0.0, 0.5, 1.0])
+def test_images_together_have_the_gradients_of_images_alone(box_share):
+    model, batch = tiny_sam().train(), batch_of(Rectangles(height=48), batch_size=3)
+    found = []
+    for together in (1, 2, 3):
+        model.zero_grad()
+        step = InteractiveStep(model, train_encoder=True, autocast=contextlib.nullcontext(), together=together)
+        statistics = step(batch, StepSettings(clicks=0, box_share=box_share), np.random.default_rng(0))
+        found.append((statistics, gradients(model)))
+    (alone, expected), *others = found
+    for statistics, gradient in others:
+        for name in ("loss", "first_iou", "best_iou", "last_iou", "iou_error"):
+            torch.testing.assert_close(getattr(statistics, name), getattr(alone, name), rtol=1e-5, atol=1e-6)
+        assert gradient.keys() == expected.keys()
+        for name, value in gradient.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_images_together_are_corrected_alike(monkeypatch):
+    """As many objects of each image, each with its own target, box and clicks."""
+    model, batch = tiny_sam().train(), batch_of(batch_size=3, prompts=4)
+    seen = []
+    original = InteractiveStep._decode
+
+    def watched(self, embedding, objects):
+        seen.append((objects.image.tolist(), len(objects.boxes), objects.coords.shape[1]))
+        for image, target in zip(objects.image, objects.targets, strict=True):
+            assert any(torch.equal(target, own) for own in batch.targets[image])
+        for image, box in zip(objects.image, objects.boxes, strict=False):
+            assert box.tolist() in batch.boxes[image].tolist()
+        return original(self, embedding, objects)
+
+    monkeypatch.setattr(InteractiveStep, "_decode", watched)
+    step = InteractiveStep(model, train_encoder=True, autocast=contextlib.nullcontext(), together=3)
+    statistics = step(batch, StepSettings(clicks=2, refined=2), np.random.default_rng(0))
+    assert np.isfinite([statistics.loss.item(), statistics.last_iou.item()]).all()
+    (first, *corrected) = seen
+    assert sorted(first[0]) == [0] * 4 + [1] * 4 + [2] * 4
+    assert len(corrected) == 4 and all(sorted(image) == [0, 0, 1, 1, 2, 2] for image, *_ in corrected)
+    assert corrected[-1][2] == 3
+
+
 def test_corrections_train_the_single_mask_and_the_mask_prompt():
     model, batch = tiny_sam(), batch_of()
     run(model, batch, StepSettings(clicks=0, box_share=0.0))

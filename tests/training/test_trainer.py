@@ -83,6 +83,16 @@ def test_resume_is_bit_exact(tmp_path):
     assert rows(tmp_path / "whole") == rows(tmp_path / "killed")
 
 
+def test_resume_amid_repeats_is_bit_exact(tmp_path):
+    config = replace(CONFIG, repeats=2, steps=19, save_every=17, prompts=2, batch_size=1, clicks=0, picture_every=0)
+    whole = train(tmp_path / "whole", config)
+    short = Trainer(tiny_sam(), Rectangles(), config, tmp_path / "stopped")
+    short.report = lambda step, row: short.stop() if step == 17 else None  # the first batch that is a repetition
+    assert short.run() == 17
+    resumed = train(tmp_path / "stopped", replace(config, workers=2))
+    assert same(whole.model.state_dict(), resumed.model.state_dict())
+
+
 def test_a_killed_process_goes_on(tmp_path):
     """SIGKILL at an arbitrary moment, through the command line."""
     command = [sys.executable, "-m", "sam_fast", "train", "--data", "scenes:size=64", "--model-type", "nano"]
