@@ -30,8 +30,8 @@ class Graphs:
     are the caller's own: no later call writes over them. Calls may come from any thread and stream; those of one object
     follow each other, for its graphs share their memory.
 
-    A recording fails where another thread waits for the whole device meanwhile (`torch.cuda.synchronize`). The error
-    is the caller's, and the next call records anew.
+    A recording fails where another thread waits for the whole device meanwhile (`torch.cuda.synchronize`). The call is
+    a plain one then, and the next one records anew.
 
     A function must launch the same work for inputs of the same shapes, wait for nothing on the host, and leave its
     inputs as they are. On a CPU, and while the caller records a graph of its own, it is simply called.
@@ -65,7 +65,12 @@ class Graphs:
                 self._last_use = torch.cuda.Event()
             else:
                 stream.wait_event(self._last_use)
-            recording = self._recording(key, function, inputs)
+            try:
+                recording = self._recording(key, function, inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                return function(*inputs)
             for own, given in zip(recording.inputs, inputs, strict=True):
                 own.copy_(given)
             recording.graph.replay()
