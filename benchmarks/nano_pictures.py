@@ -43,7 +43,7 @@ def draw_clicks(predictor: SamPredictor, image: np.ndarray, masks: np.ndarray, c
 
 
 def draw_curve(logs: list[Path]) -> Image.Image:
-    """IoU of the first answer over the minutes of training, the logs one after the other, averaged over 10 rows.
+    """IoU of the first answer over the images of training, the logs one after the other, averaged over 10 rows.
 
     Steps without prompts have no IoU (NaN), and leave a gap.
     """
@@ -55,11 +55,12 @@ def draw_curve(logs: list[Path]) -> Image.Image:
     for path in logs:
         with open(path, newline="") as file:
             rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        batch = round(rows[-1]["images_per_second"] * rows[-1]["step_seconds"])
         for i in range(0, len(rows), 10):
             chunk = rows[i : i + 10]
             for name, points in curves.items():
-                points.append((offset + chunk[-1]["seconds"] / 60, sum(r[name] for r in chunk) / len(chunk)))
-        offset += rows[-1]["seconds"] / 60
+                points.append((offset + chunk[-1]["step"] * batch, sum(r[name] for r in chunk) / len(chunk)))
+        offset += rows[-1]["step"] * batch
         borders.append(offset)
     for level in np.arange(0, 1.01, 0.2):
         y = bottom - level * (bottom - top)
@@ -68,7 +69,7 @@ def draw_curve(logs: list[Path]) -> Image.Image:
     for border in borders:
         x = left + border / offset * (right - left)
         draw.line((x, top, x, bottom), (200, 200, 200))
-    draw.text((right - 60, bottom + 8), f"{offset:.0f} min", "black", font)
+    draw.text((right - 110, bottom + 8), f"{offset:,.0f} images", "black", font)
     for (name, points), color in zip(curves.items(), ((31, 119, 180), (44, 160, 44)), strict=True):
         line = [(left + x / offset * (right - left), bottom - y * (bottom - top)) for x, y in points if not np.isnan(y)]
         draw.line(line, color, 3)
