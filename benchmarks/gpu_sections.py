@@ -111,7 +111,7 @@ def run_model(run: Run, name: str) -> None:
         except Exception as error:  # whatever stops another's package must not stop the others
             run.left_out.append(f"a peer of {name}: {_reason(error)}")
             continue
-        for section, shape, call in _cases(run, peer, model, state, name, threshold):
+        for section, shape, call in cases_of(run, peer, model, state, name, threshold):
             _measure_case(run, peer, section, shape, call, first)
         del peer
         if run.device.type == "cuda":
@@ -142,7 +142,7 @@ def clicks(state: ImageState, count: int, device: torch.device, seed: int = 0) -
     return (share * frame).to(device), torch.ones(count, 1, device=device)
 
 
-def _cases(
+def cases_of(
     run: Run, peer: DevicePeer, model: Sam, state: ImageState, name: str, threshold: float
 ) -> list[tuple[str, str, Callable[[int], Any]]]:
     """(section, shape, call of the i-th input) of what this peer can do and is asked for."""
