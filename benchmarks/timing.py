@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -238,17 +238,18 @@ def write_rows(name: str, new: Sequence[Row]) -> Path:
     return append_rows(RESULTS / f"{name}.csv", new)
 
 
-def append_rows(path: Path, new: Sequence[Any]) -> Path:
-    """Add dataclass instances of one kind to a CSV file, whose columns are their fields."""
+def append_rows(path: Path, new: Sequence[Any], origin: Mapping[str, str] | None = None) -> Path:
+    """Add dataclass instances of one kind to a CSV file, whose columns are their fields, and then those of `origin`."""
+    origin = origin or {}
     path.parent.mkdir(parents=True, exist_ok=True)
     known: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             known = list(csv.DictReader(file))
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(new[0])])
+        writer = csv.DictWriter(file, [*(field.name for field in fields(new[0])), *origin])
         writer.writeheader()
-        writer.writerows([*known, *(asdict(row) for row in new)])
+        writer.writerows([*known, *({**asdict(row), **origin} for row in new)])
     return path
 
 

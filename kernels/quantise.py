@@ -13,10 +13,10 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from sam_fast.kernels.launch import INTERPRETED, Variant
+from sam_fast.kernels.gelu import gelu_of_double
+from sam_fast.kernels.launch import Variant
 from torch import Tensor
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _LARGEST = tl.constexpr(448.0)  # of e4m3
 _SMALLEST = tl.constexpr(1e-12)  # of a row's largest number, lest zeros be divided by zero
 
@@ -50,9 +50,9 @@ def quantise_kernel(
         if C0 + C1 > C:
             y1 = tl.where(exists, y1, 0.0)
     if GELU:
-        y0 = _gelu(y0, x.dtype.element_ty == tl.float32)
+        y0 = gelu_of_double(0.5 * y0, x.dtype.element_ty == tl.float32)
         if C1 > 0:
-            y1 = _gelu(y1, x.dtype.element_ty == tl.float32)
+            y1 = gelu_of_double(0.5 * y1, x.dtype.element_ty == tl.float32)
     largest = tl.max(tl.abs(y0), 0)
     if C1 > 0:
         largest = tl.maximum(largest, tl.max(tl.abs(y1), 0))
@@ -60,24 +60,6 @@ def quantise_kernel(
     tl.store(output + c0, (y0 * factor).to(output.dtype.element_ty))
     if C1 > 0:
         tl.store(output + c1, (y1 * factor).to(output.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _gelu(x, EXACT: tl.constexpr):
-    """x (1 + erf(x / sqrt 2)) / 2; unless EXACT x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2."""
-    if EXACT:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        argument = x * (0.7978845608 + 0.0356774081 * x * x)
-        if _INTERPRETED:
-            tanh = 2.0 * tl.sigmoid(2.0 * tl.maximum(argument, -40.0)) - 1.0
-        else:
-            tanh = tl.inline_asm_elementwise(
-                "tanh.approx.f32 $0, $1;", "=f,f", [argument], dtype=tl.float32, is_pure=True, pack=1
-            )
-        h = 0.5 * x
-        y = h + h * tanh
-    return y
 
 
 @triton.jit

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from sam_fast.kernels.launch import INTERPRETED, TRITON_TYPES, WIDENED, Variant, architecture
+from sam_fast.kernels.gelu import gelu_of_double
+from sam_fast.kernels.launch import TRITON_TYPES, WIDENED, Variant, architecture
 from sam_fast.kernels.two_way_attention import (
     MOST_CHANNELS,
     Launch,
@@ -30,7 +31,6 @@ from sam_fast.kernels.two_way_attention import (
 )
 from torch import Tensor
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
 _CHUNK = tl.constexpr(32)  # channels at a time of products without tensor cores
 MOST_MASKS = 16  # per prompt
 
@@ -140,7 +140,7 @@ def upscale_kernel(
             for down in range(0, 2):
                 b = tl.dot(a, _matrix(second_weight, down * 2 * C2, C1, 2 * C2), input_precision="ieee")
                 bias = tl.load(second_bias + tl.arange(0, 2 * C2) % C2).to(tl.float32)
-                b = _gelu(b, bias[None, :], EXACT).to(hyper.dtype)
+                b = gelu_of_double(b * 0.5 + bias[None, :] * 0.5, EXACT).to(hyper.dtype)
                 masks = tl.dot(b, hyper, input_precision="ieee")
                 if not (EXACT or WIDENED):
                     masks = tl.dot(b, low, masks)
@@ -180,26 +180,7 @@ def _normalised_gelu(a, first_bias, norm_weight, norm_bias, eps, C1: tl.constexp
     a -= (tl.sum(a, 1) / C1)[:, None]
     scale = tl.rsqrt(tl.sum(a * a, 1) / C1 + eps)
     weight, bias = tl.load(norm_weight + c).to(tl.float32), tl.load(norm_bias + c).to(tl.float32)
-    return _gelu(a * scale[:, None] * weight[None, :], bias[None, :], EXACT)
-
-
-@triton.jit
-def _gelu(x, bias, EXACT: tl.constexpr):
-    """GELU of x + bias = 2 h; unless EXACT by tanh: h + h tanh(sqrt(2 / pi) (2 h + 0.044715 (2 h)^3))."""
-    if EXACT:
-        x += bias
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    else:
-        h = x * 0.5 + bias * 0.5
-        argument = h * (1.5957691216 + 0.2854193276 * h * h)
-        if _INTERPRETED:
-            tanh = 2.0 * tl.sigmoid(2.0 * argument) - 1.0
-        else:
-            tanh = tl.inline_asm_elementwise(
-                "tanh.approx.f32 $0, $1;", "=f,f", [argument], dtype=tl.float32, is_pure=True, pack=1
-            )
-        y = h + h * tanh
-    return y
+    return gelu_of_double(a * scale[:, None] * weight[None, :] * 0.5 + bias[None, :] * 0.5, EXACT)
 
 
 def _constants(C: int, masks: int, dtype: torch.dtype, launch: Launch) -> dict[str, Any]:

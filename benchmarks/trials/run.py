@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class BrokenContext(RuntimeError):
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One line of trials.csv.
+    """One line of trials.csv, before where it comes from.
 
     `rate` is what one call moves or computes per second, how often it launches a kernel, or what memory it takes, as
     `unit` says; `error` that of its result in the Euclidean norm, against PyTorch in float32.
@@ -33,14 +33,6 @@ class TrialRow:
     rate: float | None = None
     unit: str = ""
     error: float | None = None
-    device: str = ""
-    driver: str = ""
-    torch: str = ""
-    triton: str = ""
-    python: str = ""
-    commit: str = ""
-    date: str = ""
-    command: str = ""
 
 
 @dataclass
@@ -49,7 +41,7 @@ class Run:
 
     device: torch.device
     folder: Path
-    origin: dict[str, str]  # the last fields of `TrialRow`
+    origin: dict[str, str]  # of all lines
     deadline: float  # by time.time(), which processes share: no trial begins after it
     begun: Path  # names of trials that have begun, in this process or one before it
     models: list[str]
@@ -75,8 +67,7 @@ class Run:
 
     def keep(self, section: str, case: str, rows: Sequence[tuple[Any, ...]]) -> None:
         """Write rows: variant, microseconds, and maybe rate, unit and error."""
-        made = [replace(TrialRow(section, case, *row), **self.origin) for row in rows]  # type: ignore[arg-type]
-        append_rows(self.folder / "trials.csv", made)
+        append_rows(self.folder / "trials.csv", [TrialRow(section, case, *row) for row in rows], self.origin)
 
     def has_begun(self, name: str) -> bool:
         return name in self._names

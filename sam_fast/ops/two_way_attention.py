@@ -172,7 +172,8 @@ def _two_way_attention(image: Tensor, pe: Tensor, *rest: Any, overwrite: bool = 
     tensors = [x for x in (image, pe, *parts, absorbed_queries) if isinstance(x, Tensor)]
     takes = _takes(image, pe, write, absorbed_queries, heads)
     chosen = choose_backend("two_way_attention", backend, *tensors, takes=takes)
-    if overwrite and chosen == "triton" and write is not None and image.is_contiguous():
+    own = write is not None and len(image) == len(write.offered)  # none of these images is another prompt's as well
+    if overwrite and own and chosen == "triton" and image.is_contiguous():
         read = _read_like(image, len(image), absorbed_queries)
         _launch(image, read, image, pe, write, absorbed_queries)
         return image, read

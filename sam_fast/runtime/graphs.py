@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class Graphs:
     follow each other, for its graphs share their memory.
 
     A recording fails where another thread waits for the whole device meanwhile (`torch.cuda.synchronize`). The call is
-    a plain one then, and the next one records anew.
+    a plain one then, with a warning, and the next one records anew.
 
     A function must launch the same work for inputs of the same shapes, wait for nothing on the host, and leave its
     inputs as they are. On a CPU, and while the caller records a graph of its own, it is simply called.
@@ -69,7 +70,8 @@ class Graphs:
                 recording = self._recording(key, function, inputs)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:
+            except RuntimeError as error:
+                warnings.warn(f"no CUDA graph could be recorded, the call is a plain one: {error}", stacklevel=2)
                 return function(*inputs)
             for own, given in zip(recording.inputs, inputs, strict=True):
                 own.copy_(given)

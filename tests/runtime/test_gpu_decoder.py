@@ -203,6 +203,26 @@ def test_decoding_equals_the_plain_decoder(kind, multimask, model, embedding, pa
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("count", [1, 64])
+def test_clicks_of_numbers_that_come_again(count, model, embedding, packs):
+    """Their prompts are encoded by a graph on a GPU."""
+    prompts = prompts_of("points", count)
+    low_res, _ = InferenceRuntime(model, "fp32").decode(embedding, prompts)
+    expected, _ = official(model, embedding, prompts, True)
+    assert sum(packs) == count and relative_error(low_res, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_hook_of_the_prompt_encoder_is_called_each_time(model, embedding, packs):
+    listened, heard = copy.deepcopy(model), []
+    listened.prompt_encoder.register_forward_hook(lambda *_: heard.append(1))
+    runtime = InferenceRuntime(listened, "fp32")
+    for _ in range(3):
+        runtime.decode(embedding, prompts_of("points", 1))
+    assert heard == [1, 1, 1] and packs == [1, 1, 1]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("threshold", [None, 0.9, 10.0])
 @pytest.mark.parametrize("kind", ["points", "masks"])
 def test_filtered_equals_all_then_filter(kind, threshold, model, embedding, packs):

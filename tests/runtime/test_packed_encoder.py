@@ -265,8 +265,10 @@ class TestGraphs:
             return (doubled,)
 
         stream = torch.cuda.current_stream()
-        for _ in range(3):
-            assert torch.equal(graphs("double", double, x)[0], 2 * x)
+        graphs("double", double, x)
+        for _ in range(2):
+            with pytest.warns(UserWarning, match="no CUDA graph"):
+                assert torch.equal(graphs("double", double, x)[0], 2 * x)
         assert not graphs._recordings and torch.cuda.current_stream() == stream
         fails = False
         for _ in range(3):
