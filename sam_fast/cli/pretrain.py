@@ -30,6 +30,9 @@ def pretrain(
         int, typer.Option("--image-size", help="Side of the images; `train` interpolates positions to its own.")
     ] = 224,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 100_000,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="End the run and its schedule after so long, if not after --steps.")
+    ] = 0.0,
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", help="Save and stop after so long; the same command goes on.")
     ] = None,
@@ -84,6 +87,7 @@ def pretrain(
         architecture = model_configs[model_type]
         config = PretrainConfig(
             steps=steps,
+            minutes=minutes,
             batch_size=batch_size,
             accumulate=accumulate,
             mask_ratio=mask_ratio,

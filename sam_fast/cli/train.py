@@ -48,6 +48,9 @@ def train(
         int | None, typer.Option("--image-size", help="Side of the model input.", show_default="the model's")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 90_000,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="End the run and its schedule after so long, if not after --steps.")
+    ] = 0.0,
     max_minutes: Annotated[
         float | None, typer.Option("--max-minutes", help="Save and stop after so long; the same command goes on.")
     ] = None,
@@ -109,6 +112,7 @@ def train(
 
     config = TrainConfig(
         steps=steps,
+        minutes=minutes,
         batch_size=batch_size,
         accumulate=accumulate,
         prompts=prompts,

@@ -27,23 +27,29 @@ def run_to_the_end(run: TrainingRun[Any, Any], max_minutes: float | None, weight
     """
     with ExitStack() as stack:
         if run.world.is_main:
-            run.report = stack.enter_context(_Progress(run.step, run.config.steps, describe))
+            run.report = stack.enter_context(_Progress(run, describe))
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: run.stop()))
         done = run.run(max_minutes)
     if run.world.is_main:
-        out().print(f"{done} of {run.config.steps} steps, {run.seconds / 60:.1f} minutes; {weights}")
-        if done < run.config.steps:
+        minutes = f" of {run.config.minutes:g}" if run.config.minutes else ""
+        out().print(f"{done} of {run.config.steps} steps, {run.seconds / 60:.1f}{minutes} minutes; {weights}")
+        if not run.finished:
             out().print("the same command goes on")
 
 
 class _Progress:
-    """A bar over steps with the last row of the log; where there is no terminal, a line per row."""
+    """A bar over steps, or seconds, with the last row of the log; where there is no terminal, a line per row."""
 
-    def __init__(self, done: int, steps: int, describe: Describe) -> None:
+    def __init__(self, run: TrainingRun[Any, Any], describe: Describe) -> None:
+        self._run = run
         self._bar = item_progress()
-        self._task = self._bar.add_task("training", total=steps, completed=done)
+        total = 60 * run.config.minutes or run.config.steps
+        self._task = self._bar.add_task("training", total=total, completed=self._done())
         self._describe = describe
+
+    def _done(self) -> int:
+        return int(self._run.seconds) if self._run.config.minutes else self._run.step
 
     def __enter__(self) -> Callable[[int, Mapping[str, float] | None], None]:
         self._bar.__enter__()
@@ -53,7 +59,7 @@ class _Progress:
         self._bar.stop()
 
     def _show(self, step: int, row: Mapping[str, float] | None) -> None:
-        self._bar.update(self._task, completed=step)
+        self._bar.update(self._task, completed=self._done())
         if row is None:
             return
         line = self._describe(row)

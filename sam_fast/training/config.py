@@ -11,6 +11,8 @@ class TrainConfig:
 
     Attributes:
         steps: optimiser steps.
+        minutes: after how long the run ends, and its schedule with it, if not after `steps`; 0 for no such end. The
+            learning rate then follows the clock, so that no two runs are the same bit for bit.
         batch_size: images per process and backward pass.
         accumulate: backward passes per step.
         prompts: objects per image.
@@ -44,6 +46,7 @@ class TrainConfig:
     """
 
     steps: int
+    minutes: float = 0.0
     batch_size: int = 1
     accumulate: int = 1
     prompts: int = 64
@@ -85,7 +88,7 @@ class TrainConfig:
         for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every", "grouping_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("grouping", "correction_weight"):
+        for name in ("minutes", "grouping", "correction_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.refined is not None and self.refined < 1:

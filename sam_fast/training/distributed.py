@@ -50,6 +50,14 @@ class World:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return bool(votes.item())
 
+    def agree(self, value: float) -> float:
+        """The first process's number."""
+        if self.size == 1:
+            return value
+        agreed = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(agreed, 0)
+        return float(agreed.item())
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the processes."""
         if self.size > 1:

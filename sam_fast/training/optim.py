@@ -55,24 +55,29 @@ def _is_embedding(name: str) -> bool:
     return "pos" in name or "embed.weight" in name or "embeddings." in name or "token" in name.split(".")[-2:][0]
 
 
-def learning_rate(step: int, *, base: float, warmup: int, steps: int, schedule: str, final: float = 0.01) -> float:
+def learning_rate(
+    step: int, *, base: float, warmup: int, steps: int, schedule: str, elapsed: float = 0.0, final: float = 0.01
+) -> float:
     """The learning rate of step `step` (from 0), before the scale of a group.
 
     Linear warm-up over `warmup` steps, then one of: "cosine" to `final` * base at the last step; "linear" likewise;
     "step", the paper's, divided by 10 at 2/3 and again at 0.963 of all steps (60k and 86,666 of 90k); "constant".
+    Of a run that ends by the clock, `elapsed` is the share of its time that is over: it counts where it is more than
+    the share of the steps.
 
     Raises:
         ValueError: unknown schedule.
     """
     if step < warmup:
         return base * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    done = min(1.0, max(elapsed, (step - warmup) / max(1, steps - warmup)))
     if schedule == "cosine":
         return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
     if schedule == "linear":
         return base * (1 - (1 - final) * done)
     if schedule == "step":
-        return base * 0.1 ** ((step >= steps * 2 / 3) + (step >= steps * 86_666 / 90_000))
+        done = max(elapsed, step / steps)
+        return base * 0.1 ** ((done >= 2 / 3) + (done >= 86_666 / 90_000))
     if schedule == "constant":
         return base
     raise ValueError(f"schedule must be cosine, linear, step or constant, got {schedule!r}")

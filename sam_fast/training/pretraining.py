@@ -29,6 +29,8 @@ class PretrainConfig:
 
     Attributes:
         steps: optimiser steps.
+        minutes: after how long the run ends, and its schedule with it, if not after `steps`; 0 for no such end. The
+            learning rate then follows the clock, so that no two runs are the same bit for bit.
         batch_size: images per process and backward pass.
         accumulate: backward passes per step.
         mask_ratio: share of the patches that are masked.
@@ -56,6 +58,7 @@ class PretrainConfig:
     """
 
     steps: int
+    minutes: float = 0.0
     batch_size: int = 64
     accumulate: int = 1
     mask_ratio: float = 0.75
@@ -86,7 +89,7 @@ class PretrainConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup", "workers", "picture_every"):
+        for name in ("minutes", "warmup", "workers", "picture_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 <= self.ema <= 1:

@@ -37,6 +37,8 @@ class RunConfig(Protocol):
     @property
     def steps(self) -> int: ...
     @property
+    def minutes(self) -> float: ...
+    @property
     def batch_size(self) -> int: ...
     @property
     def accumulate(self) -> int: ...
@@ -85,7 +87,8 @@ class TrainingRun(ABC, Generic[Config, Batch]):
     """Moves the weights of a model step by step.
 
     Step n draws everything random from (seed, n, rank), so that a run resumed from its checkpoint repeats bit for bit
-    what an uninterrupted one does (on the same machine with the same number of threads and processes).
+    what an uninterrupted one does (on the same machine with the same number of threads and processes, and unless the
+    run ends by the clock).
 
     Attributes:
         model: what is trained.
@@ -159,18 +162,31 @@ class TrainingRun(ABC, Generic[Config, Batch]):
         """Make `run` save and return after the step at hand; may be called from a signal handler."""
         self._stopping = True
 
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or all minutes of a run that ends by the clock are over."""
+        return self.step >= self.config.steps or self._elapsed >= 1
+
+    @property
+    def _elapsed(self) -> float:
+        """Share of the minutes of a run that ends by the clock."""
+        return self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+
     def run(self, max_minutes: float | None = None) -> int:
-        """Train until the last step, `stop()`, or for `max_minutes`; save; return the number of steps done."""
+        """Train until the run is finished, `stop()`, or for `max_minutes`; save; return the number of steps done."""
         config, started, before = self.config, time.perf_counter(), self.seconds
         log = TrainingLog(self.output, self.step + 1) if self.world.is_main else None
         meter = _Meter(config, self.world, self.statistics)
         self.model.train()
         batches = self.stream(self.step * config.accumulate, config.steps * config.accumulate)
-        while self.step < config.steps:
-            batch, norm = self._train_step(batches, meter)
+        while not self.finished:
+            rate = self._learning_rate()
+            batch, norm = self._train_step(batches, meter, rate)
             self.step += 1
             self.seconds = before + time.perf_counter() - started
-            row = meter.finish(self.step, norm, self._learning_rate(self.step - 1), self.seconds)
+            if config.minutes:
+                self.seconds = self.world.agree(self.seconds)
+            row = meter.finish(self.step, norm, rate, self.seconds)
             if log is not None:
                 if row is not None:
                     log.row(row)
@@ -179,7 +195,7 @@ class TrainingRun(ABC, Generic[Config, Batch]):
                 self.report(self.step, row)
             late = max_minutes is not None and time.perf_counter() - started > 60 * max_minutes
             stop = self.world.any(self._stopping or late)
-            if stop or self.step % config.save_every == 0 or self.step == config.steps:
+            if stop or self.step % config.save_every == 0 or self.finished:
                 self.save()
             if stop:
                 break
@@ -187,9 +203,9 @@ class TrainingRun(ABC, Generic[Config, Batch]):
             log.close()
         return self.step
 
-    def _train_step(self, batches: Iterator[Batch], meter: _Meter) -> tuple[Batch, Tensor]:
+    def _train_step(self, batches: Iterator[Batch], meter: _Meter, rate: float) -> tuple[Batch, Tensor]:
         """Gradients of all accumulated batches, and the update. Returns the last batch and the gradient's norm."""
-        config, rate = self.config, self._learning_rate(self.step)
+        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         self.optimizer.zero_grad(set_to_none=True)
@@ -205,9 +221,16 @@ class TrainingRun(ABC, Generic[Config, Batch]):
             self.average.update(self.model, self.step)
         return batch, norm
 
-    def _learning_rate(self, step: int) -> float:
+    def _learning_rate(self) -> float:
         config = self.config
-        return learning_rate(step, base=config.lr, warmup=config.warmup, steps=config.steps, schedule=config.schedule)
+        return learning_rate(
+            self.step,
+            base=config.lr,
+            warmup=config.warmup,
+            steps=config.steps,
+            schedule=config.schedule,
+            elapsed=self._elapsed,
+        )
 
     def load_ahead(self, items: Dataset[Item], indices: range) -> DataLoader[Item]:
         """Items of a dataset in order, made by the loader processes and ready for the device."""

@@ -61,6 +61,13 @@ def test_schedules():
     middle = 250 + (90_000 - 250) / 2
     assert rate(middle, "cosine") == pytest.approx(8e-4 * 0.505) == rate(middle, "linear")
     assert rate(89_999, "constant") == 8e-4
+
+    def rate_by_clock(step, schedule, elapsed):
+        return learning_rate(step, base=8e-4, warmup=0, steps=90_000, schedule=schedule, elapsed=elapsed)
+
+    assert rate_by_clock(10, "linear", 0.5) == pytest.approx(8e-4 * 0.505) == rate_by_clock(45_000, "linear", 0.1)
+    assert rate_by_clock(10, "step", 0.7) == pytest.approx(8e-5)
+    assert rate_by_clock(10, "cosine", 1.1) == pytest.approx(8e-6)
     with pytest.raises(ValueError, match="schedule"):
         rate(300, "no")
 

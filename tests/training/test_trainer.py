@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,6 +192,16 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         "    assert world.size == 2\n"
         f"    config = {replace(config, batch_size=1)!r}\n"
         f"    Trainer(tiny_sam(seed=world.rank), Rectangles(), config, {str(tmp_path / 'two')!r}, world).run()\n"
+        # The clocks of machines differ: the first one's counts.
+        "    from dataclasses import replace\n"
+        "    from itertools import count\n"
+        "    from types import SimpleNamespace\n"
+        "    from sam_fast.training import run\n"
+        "    run.time = SimpleNamespace(perf_counter=count(0, 1 + 50 * world.rank).__next__)\n"
+        "    config = replace(config, steps=9, minutes=0.5, schedule='linear')\n"
+        f"    trainer = Trainer(tiny_sam(), Rectangles(), config, {str(tmp_path / 'clock')!r}, world)\n"
+        "    assert 2 < trainer.run() < 9\n"
+        "    assert trainer.seconds == world.agree(trainer.seconds)\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     subprocess.run(launch, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
@@ -257,6 +269,32 @@ def test_stop_and_time_limit_save(tmp_path):
     assert train(tmp_path).step == 6
 
 
+def test_a_run_ends_by_the_clock_and_its_schedule_with_it(tmp_path, monkeypatch):
+    """Steps of 12 seconds in a run of one minute, interrupted in the middle."""
+    clock = SimpleNamespace(now=0.0)
+    ticks = count(step=1e-6)
+    monkeypatch.setattr("sam_fast.training.run.time", SimpleNamespace(perf_counter=lambda: clock.now + next(ticks)))
+    config = replace(CONFIG, steps=100, minutes=1.0, schedule="linear", warmup=0)
+    for expected in (3, 7):
+        trainer = Trainer(tiny_sam(), Rectangles(), config, tmp_path)
+
+        def tick(step, row, trainer=trainer):
+            clock.now += 12
+            if step == 3:
+                trainer.stop()
+
+        trainer.report = tick
+        clock.now += 1000  # time between two sessions does not count
+        assert trainer.run() == expected
+        assert trainer.finished == (expected == 7)
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [round(float(row["seconds"])) for row in rows] == [0, 12, 24, 24, 36, 48, 60]
+    rates = [float(row["learning_rate"]) / config.lr for row in rows]
+    assert rates == pytest.approx([1 - 0.99 * share for share in (0, 0.01, 0.2, 0.4, 0.4, 0.6, 0.8)], abs=1e-4)
+    assert (tmp_path / WEIGHTS).exists()
+
+
 def test_another_run_is_not_continued_by_mistake(tmp_path):
     train(tmp_path, replace(CONFIG, steps=2))
     with pytest.raises(ValueError, match=r"lr 0\.001 there, 0\.002 now"):
@@ -266,7 +304,15 @@ def test_another_run_is_not_continued_by_mistake(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"clicks": -1}, {"precision": "fp8"}, {"jitter": (2.0, 1.0)}, {"schedule": "x"}, {"refined": 0}],
+    [
+        {"steps": 0},
+        {"minutes": -1},
+        {"clicks": -1},
+        {"precision": "fp8"},
+        {"jitter": (2.0, 1.0)},
+        {"schedule": "x"},
+        {"refined": 0},
+    ],
 )
 def test_bad_settings(change):
     with pytest.raises(ValueError, match=next(iter(change))):
