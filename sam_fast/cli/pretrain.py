@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from sam_fast.cli.model import Device
-from sam_fast.cli.train import TrainPrecision, build_model
-from sam_fast.cli.training_run import run_to_the_end
+from sam_fast.cli.training_run import (
+    Accumulate,
+    BatchSize,
+    Clip,
+    Ema,
+    Flip,
+    LogEvery,
+    MaxMinutes,
+    Minutes,
+    Output,
+    PictureEvery,
+    SaveEvery,
+    Seed,
+    Start,
+    Steps,
+    TrainPrecision,
+    TrainPrecisionOption,
+    WeightDecay,
+    Workers,
+    build_model,
+    run_to_the_end,
+)
 
 _BATCH_OF_PAPER = 256  # images per step, for which the paper states its learning rate
 
@@ -20,24 +39,17 @@ def pretrain(
         list[str],
         typer.Option("--data", help="A folder of images, to any depth, or what `train` takes; may be repeated."),
     ],
-    output: Annotated[Path, typer.Option("--output", help="Folder of checkpoints and logs; a run in it goes on.")],
+    output: Output,
     model_type: Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l or vit_h.")] = "vit_b",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option("--checkpoint", help="Weights to start from (a SAM, or an MAE's encoder); random without it."),
-    ] = None,
+    checkpoint: Start = None,
     image_size: Annotated[
         int, typer.Option("--image-size", help="Side of the images; `train` interpolates positions to its own.")
     ] = 224,
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps.")] = 100_000,
-    minutes: Annotated[
-        float, typer.Option("--minutes", help="End the run and its schedule after so long, if not after --steps.")
-    ] = 0.0,
-    max_minutes: Annotated[
-        float | None, typer.Option("--max-minutes", help="Save and stop after so long; the same command goes on.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per process and backward pass.")] = 64,
-    accumulate: Annotated[int, typer.Option("--accumulate", help="Backward passes per step.")] = 1,
+    steps: Steps = 100_000,
+    minutes: Minutes = 0.0,
+    max_minutes: MaxMinutes = None,
+    batch_size: BatchSize = 64,
+    accumulate: Accumulate = 1,
     mask_ratio: Annotated[float, typer.Option("--mask-ratio", help="Share of the patches that are masked.")] = 0.75,
     decoder_dim: Annotated[
         int | None, typer.Option("--decoder-dim", help="Channels of the decoder.", show_default="half the encoder's")
@@ -56,19 +68,19 @@ def pretrain(
     warmup: Annotated[
         int | None, typer.Option("--warmup", help="Steps of linear warm-up.", show_default="5% of all")
     ] = None,
-    weight_decay: Annotated[float, typer.Option("--weight-decay")] = 0.05,
-    clip: Annotated[float, typer.Option("--clip", help="Limit of the gradient's norm; 0 for none.")] = 0.0,
-    ema: Annotated[float, typer.Option("--ema", help="Decay of the average of the weights; 0 for none.")] = 0.0,
-    precision: Annotated[TrainPrecision, typer.Option("--precision")] = TrainPrecision.fp32,
+    weight_decay: WeightDecay = 0.05,
+    clip: Clip = 0.0,
+    ema: Ema = 0.0,
+    precision: TrainPrecisionOption = TrainPrecision.fp32,
     crop: Annotated[
         tuple[float, float], typer.Option("--crop", help="Range of the share of a picture that is cut out.")
     ] = (0.2, 1.0),
-    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")] = True,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    save_every: Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")] = 500,
-    log_every: Annotated[int, typer.Option("--log-every", help="Steps between rows of metrics.csv.")] = 10,
-    picture_every: Annotated[int, typer.Option("--picture-every", help="Steps between pictures; 0: none.")] = 500,
-    workers: Annotated[int, typer.Option("--workers", help="Processes that prepare batches.")] = 2,
+    flip: Flip = True,
+    seed: Seed = 0,
+    save_every: SaveEvery = 500,
+    log_every: LogEvery = 10,
+    picture_every: PictureEvery = 500,
+    workers: Workers = 2,
     device: Device = None,
 ) -> None:
     """Let a SAM's image encoder learn from pictures alone, as a masked autoencoder.

@@ -1,17 +1,55 @@
-"""What `sam-fast train` and `sam-fast pretrain` share: running with a progress bar until the end or a signal."""
+"""What `sam-fast train` and `sam-fast pretrain` share: options, the model to begin with, and running to the end."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from sam_fast.cli.console import item_progress, out
 
 if TYPE_CHECKING:
+    from sam_fast.modeling import Sam
     from sam_fast.training.run import TrainingRun
+
+
+class TrainPrecision(str, Enum):
+    """Number formats of training."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+Output = Annotated[Path, typer.Option("--output", help="Folder of checkpoints and logs; a run in it goes on.")]
+Start = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="Weights to start from (a SAM, or an MAE's encoder); random without it."),
+]
+Steps = Annotated[int, typer.Option("--steps", help="Optimiser steps.")]
+Minutes = Annotated[
+    float, typer.Option("--minutes", help="End the run and its schedule after so long, if not after --steps.")
+]
+MaxMinutes = Annotated[
+    float | None, typer.Option("--max-minutes", help="Save and stop after so long; the same command goes on.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Images per process and backward pass.")]
+Accumulate = Annotated[int, typer.Option("--accumulate", help="Backward passes per step.")]
+WeightDecay = Annotated[float, typer.Option("--weight-decay")]
+Clip = Annotated[float, typer.Option("--clip", help="Limit of the gradient's norm; 0 for none.")]
+Ema = Annotated[float, typer.Option("--ema", help="Decay of the average of the weights; 0 for none.")]
+TrainPrecisionOption = Annotated[TrainPrecision, typer.Option("--precision")]
+Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")]
+Seed = Annotated[int, typer.Option("--seed")]
+SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
+LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between rows of metrics.csv.")]
+PictureEvery = Annotated[int, typer.Option("--picture-every", help="Steps between pictures; 0: none.")]
+Workers = Annotated[int, typer.Option("--workers", help="Processes that prepare batches.")]
 
 Describe = Callable[[Mapping[str, float]], str]
 
@@ -67,3 +105,30 @@ class _Progress:
             out().print(f"step {step}  {line}")
         else:
             self._bar.update(self._task, description=line)
+
+
+def build_model(model_type: str, image_size: int | None, checkpoint: Path | None, seed: int) -> Sam:
+    """A model to train: random weights drawn from `seed`, with those of `checkpoint` in their place.
+
+    Raises:
+        ValueError: there is no such model, or the checkpoint is of another.
+    """
+    import torch
+
+    from sam_fast.build_sam import build_sam_from_config, model_configs
+    from sam_fast.checkpoints import load_checkpoint
+    from sam_fast.training.initialise import initialise_weights
+    from sam_fast.training.mae import initialise_from_mae, is_mae_checkpoint
+
+    if model_type not in model_configs:
+        raise ValueError(f"--model-type must be one of {', '.join(model_configs)}, got {model_type!r}")
+    architecture = model_configs[model_type]
+    if image_size is not None:
+        architecture = replace(architecture, image_size=image_size)
+    torch.manual_seed(seed)
+    model = build_sam_from_config(architecture)
+    initialise_weights(model)
+    if checkpoint is not None:
+        load = initialise_from_mae if is_mae_checkpoint(checkpoint) else load_checkpoint
+        load(model, checkpoint)
+    return model

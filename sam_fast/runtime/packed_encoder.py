@@ -21,12 +21,13 @@ to bfloat16 they cost nano ten times the error of all its blocks.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from sam_fast.modeling.image_encoder import (
     Block,
@@ -138,7 +139,7 @@ class PackedEncoder:
     def _to_tokens(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         encoder = self.encoder
         if isinstance(encoder.patch_embed, ConvStem):
-            with _exact_convolutions():
+            with _ExactConvolutions():
                 tokens, fine = encoder.to_tokens(images)
             return tokens.float().contiguous(), fine
         side = encoder.patch_size
@@ -191,23 +192,60 @@ class PackedEncoder:
     def _to_embedding(self, tokens: Tensor, fine: Tensor | None, backend: str) -> Tensor:
         """The neck, over tokens [B, h, w, C]."""
         if fine is not None or not isinstance(self.encoder.neck, nn.Sequential):
-            with _exact_convolutions():
+            with _ExactConvolutions():
                 return self.encoder.to_embedding(tokens.float() + self.left_out, fine).float()
         B, h, w, C = tokens.shape
         first, second = self.neck_norms
         x = tokens.view(B * h * w, C).to(self.dtype) @ self.neck1
         x, _ = layer_norm(x, *first[:3], shift=first.shift, backend=backend)
         image = x.view(B, h, w, -1).permute(0, 3, 1, 2)  # channels last, as cuDNN likes it
-        with _exact_convolutions():
-            image = F.conv2d(image, self.neck2, padding=1)
+        image = _exact_conv2d(image, self.neck2, padding=1)
         rows = image.permute(0, 2, 3, 1).reshape(B * h * w, -1)
         x, _ = layer_norm(rows, *second[:3], backend=backend)
         return x.view(B, h, w, -1).permute(0, 3, 1, 2).float().contiguous()
 
 
-def _exact_convolutions() -> AbstractContextManager[None]:
-    """Convolutions of float32 are not rounded to TF32."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+class _ExactConvolutions(TorchFunctionMode):
+    """Within it, convolutions of float32 are not rounded to TF32.
+
+    cuDNN's own switch is one for all threads, and PyTorch refuses to read it where the user has set `fp32_precision`.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.conv2d:
+            return _exact_conv2d(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _exact_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    stride, padding, dilation = ((x, x) if isinstance(x, int) else x for x in (stride, padding, dilation))
+    cudnn = torch.backends.cudnn
+    found: Tensor = torch.ops.aten._convolution(
+        input,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        transposed=False,
+        output_padding=(0, 0),
+        groups=groups,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        cudnn_enabled=cudnn.enabled,
+        allow_tf32=False,
+    )
+    return found
 
 
 def _pack_block(block: Block, left_out: Tensor, dtype: torch.dtype, e4m3: bool) -> tuple[PackedBlock, Tensor]:

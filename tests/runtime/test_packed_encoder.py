@@ -13,12 +13,13 @@ import torch
 from conftest import needs_8_bits
 from oracle import TINY, relative_error, seed_weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sam_fast
 from sam_fast import SamPredictor
 from sam_fast.build_sam import build_sam_from_config
 from sam_fast.modeling import Sam
-from sam_fast.runtime import plain
+from sam_fast.runtime import packed_encoder, plain
 from sam_fast.runtime.graphs import Graphs
 from sam_fast.runtime.packed_encoder import PackedEncoder, can_pack
 
@@ -109,6 +110,30 @@ def test_8_bits_by_triton_kernels(smallest):
     packed = PackedEncoder(encoder, torch.bfloat16, e4m3=True)
     by_torch, by_triton = (packed(images, backend=backend) for backend in ("torch", "triton"))
     assert relative_error(by_triton, by_torch) <= 6e-2  # the interpreter cuts 8-bit numbers off
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", ["nano", "tiny"])
+def test_convolutions_are_exact_and_leave_settings_alone(model, tiny):
+    """All of them are called without TF32, and give what PyTorch's own give on a CPU."""
+    encoder = tiny.image_encoder if model == "tiny" else sam_fast.sam_model_registry["nano"]().image_encoder
+    images, packed = pixels_of(encoder), PackedEncoder(encoder, torch.float32)
+    seen: list[tuple[str, bool]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "convolution" in func.name():
+                seen.append((func.name(), args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        watched = packed(images)
+    assert seen and set(seen) == {("aten::_convolution", False)}
+    assert relative_error(watched, encoder(images)) <= 1e-5
+    image, weight, bias = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 3), torch.randn(6)
+    with packed_encoder._ExactConvolutions():
+        got = nn.functional.conv2d(image, weight, bias, stride=(2, 1), padding=1, groups=2)
+    assert torch.equal(got, nn.functional.conv2d(image, weight, bias, stride=(2, 1), padding=1, groups=2))
 
 
 def test_only_the_usual_encoder_is_packed(tiny):
