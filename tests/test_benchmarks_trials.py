@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.trials import __main__ as program
-from benchmarks.trials import decoder, run, variants
+from benchmarks.trials import decoder, run, training, variants
 from benchmarks.trials.timing import randn
 from sam_fast.runtime import decoding, plain
 
@@ -52,7 +52,7 @@ def work(folder: Path, section: str, *arguments: str) -> tuple[list[str], dict[s
             assert row["device"] and row["commit"] == "abc" and row["torch"] == torch.__version__
             assert row["command"] == "python -m benchmarks.trials"
     assert lines[0].startswith("# device") and "commit abc" in lines[0]
-    if section != "profiles":
+    if section not in ("profiles", "training"):
         assert len(lines) == 1 + sum(map(len, rows.values()))
     return lines, rows
 
@@ -156,6 +156,28 @@ def test_profiles(tmp_path):
         assert kernels == sorted(kernels, reverse=True)
     assert any("aten::addmm" in found for found in rows.values())
     assert sum(line.startswith("profiles") for line in lines) == len(sections)
+
+
+def test_training(tmp_path, monkeypatch):
+    """The whole step has the kernels of its parts, and gradients are computed though the program switches them off."""
+    monkeypatch.setitem(peers.CONFIGS, "narrow", replace(peers.TINY, prompt_embed_dim=64))
+    monkeypatch.setattr(training, "CASES", (training.Case("narrow", 64, 1, 2, 1, 1),))
+    lines, rows = work(tmp_path, "training", "--models", "tiny")
+    parts = [case.removeprefix("narrow 64 px, 1 images of 2 prompts, ") for case in rows]
+    assert parts == [
+        "the whole step",
+        "the encoder",
+        "the encoder and first prompts",
+        "the encoder and grouping",
+        "the update",
+    ]
+    whole, encoder, prompts, grouping, update = rows.values()
+    backward = "aten::native_layer_norm_backward"
+    launches = [float(found[backward]["rate"]) for found in (encoder, prompts, whole)]
+    assert launches == sorted(set(launches)), "more with each part"
+    assert "aten::_fused_adamw_" in whole and "aten::_fused_adamw_" in update and backward not in update
+    assert backward in grouping
+    assert sum(line.startswith("training") for line in lines) == len(rows)
 
 
 # -- variants

@@ -7,6 +7,7 @@ Sections:
     rows       LayerNorm and rounding to 8 bits, by launch parameters
     decoder    the image side of the decoder by launch parameters, and the whole of it by prompts at a time
     profiles   the cases of benchmarks/gpu.py, and which kernels they are made of
+    training   steps of training, whole and in parts, likewise
 Kernels run on random numbers, and each result is compared with PyTorch's in float32 before it is timed.
 
 Lines go to FOLDER/trials.txt as they are printed, rows to FOLDER/trials.csv; both say where they come from. The package
@@ -29,7 +30,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles")
+SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles", "training")
 FINISHED = (0, 1, 2)  # exit codes of a child that needs no other after it
 _BROKEN = 77  # that of one whose CUDA context is broken
 _GRACE = 30  # seconds for the last trial, after time is over
@@ -108,7 +109,7 @@ def work(given: argparse.Namespace, command: str) -> int:
         return 2
     from benchmarks.device_timing import provenance
     from benchmarks.gpu_sections import known_models
-    from benchmarks.trials import decoder, encoder, products, profiles
+    from benchmarks.trials import decoder, encoder, products, profiles, training
     from benchmarks.trials.run import BrokenContext, Run
 
     unknown = sorted(set(given.models) - set(known_models()))
@@ -139,6 +140,7 @@ def work(given: argparse.Namespace, command: str) -> int:
         "rows": encoder.try_rows,
         "decoder": decoder.try_decoder,
         "profiles": profiles.try_profiles,
+        "training": training.try_training,
     }
     for section in given.sections:
         try:

@@ -56,10 +56,10 @@ def try_profiles(run: Run) -> None:
             peer = ours(model, precision)
             for section, shape, call in gpu_sections.cases_of(benchmark, peer, model, state, name, threshold):
                 case = f"{section} {shape}, {precision}"
-                run.trial(f"profiles: {case}", partial(profile, run, case, call))
+                run.trial(f"profiles: {case}", partial(profile, run, "profiles", case, call))
 
 
-def profile(run: Run, case: str, call: Callable[[int], Any]) -> None:
+def profile(run: Run, section: str, case: str, call: Callable[[int], Any]) -> None:
     """Time a case with an empty queue before each call and with a full one, then look at its kernels."""
     for i in range(2):  # graphs are recorded by the second call
         call(i)
@@ -67,13 +67,13 @@ def profile(run: Run, case: str, call: Callable[[int], Any]) -> None:
     wall, device = (1e3 * statistics.median(times) for times in (measured.wall, measured.device))
     kernels = kernels_of(call, run.device)
     total, launches = sum(k.microseconds for k in kernels), sum(k.launches for k in kernels)
-    head = f"{'profiles':<10}{case}: a caller waits {wall:.1f} us, one after another {device:.1f} us"
+    head = f"{section:<10}{case}: a caller waits {wall:.1f} us, one after another {device:.1f} us"
     run.say(f"{head}; kernels {total:.1f} us in {launches:.0f} launches")
     for kernel in kernels[:_PRINTED]:
         run.say(f"{kernel.microseconds:>12.1f} us{kernel.launches:>6.0f}x  {tidy(kernel.name)[:_WIDTH]}")
     times = [("a caller waits", round(wall, 2)), ("one after another", round(device, 2))]
     rows = [(tidy(k.name)[:_KEPT], round(k.microseconds, 2), k.launches, "launches") for k in kernels]
-    run.keep("profiles", case, [*times, ("all kernels", round(total, 2), launches, "launches"), *rows])
+    run.keep(section, case, [*times, ("all kernels", round(total, 2), launches, "launches"), *rows])
 
 
 def kernels_of(call: Callable[[int], Any], device: torch.device, repetitions: int = 2) -> list[Kernel]:
