@@ -8,12 +8,16 @@ __global__ void probe_kernel() {}
 
 }  // namespace
 
-DeviceGuard::DeviceGuard(int device) : before_(0) {
+DeviceGuard::DeviceGuard(int device) : before_(0), changed_(false) {
   check_cuda(cudaGetDevice(&before_), "asking for the current CUDA device failed");
+  if (device == before_) return;
   check_cuda(cudaSetDevice(device), "changing the current CUDA device failed");
+  changed_ = true;
 }
 
-DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
+DeviceGuard::~DeviceGuard() {
+  if (changed_) cudaSetDevice(before_);
+}
 
 std::string cuda_unavailable_reason() {
   int devices = 0;

@@ -15,6 +15,7 @@ class DeviceGuard {
 
  private:
   int before_;
+  bool changed_;
 };
 
 // Why kernels of this build cannot run on the current device (no device, a driver that is too old, a GPU that they were

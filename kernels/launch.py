@@ -56,7 +56,11 @@ def architecture(device: torch.device) -> int:
 def unavailable_reason(device_type: str) -> str | None:
     """Why Triton kernels cannot run on tensors of `device_type`, or None if they can."""
     if device_type == "cuda":
-        return None if not INTERPRETED else "TRITON_INTERPRET=1 is set: kernels are interpreted on CPU tensors"
+        if INTERPRETED:
+            return "TRITON_INTERPRET=1 is set: kernels are interpreted on CPU tensors"
+        return (
+            None if architecture(torch.device("cuda")) >= 80 else "Triton kernels need compute capability 8.0 or more"
+        )
     if device_type == "cpu" and INTERPRETED:
         return None
     return f"Triton kernels run on CUDA tensors, got {device_type} (for tests: TRITON_INTERPRET=1 interprets them)"

@@ -256,8 +256,10 @@ class SamAutomaticMaskGenerator:
             nms_thresh: box IoU above which one of two masks goes, a changed one rather than an unchanged one.
         """
         rles = list(mask_data["rles"])
+        if not rles:
+            return mask_data
         boxes = torch.as_tensor(mask_data["boxes"]).clone()
-        unchanged = torch.ones(len(rles))
+        unchanged = torch.ones(len(rles), dtype=torch.float32, device="cpu")
         for start in range(0, len(rles), _FULL_SIZE_BATCH["cpu"]):
             chunk = rles[start : start + _FULL_SIZE_BATCH["cpu"]]
             height, width = chunk[0]["size"]
@@ -327,9 +329,9 @@ class SamAutomaticMaskGenerator:
 
 def _no_candidates(device: torch.device) -> MaskData:
     return MaskData(
-        iou_preds=torch.zeros(0, device=device),
+        iou_preds=torch.zeros(0, dtype=torch.float32, device=device),
         points=torch.zeros(0, 2, dtype=torch.float64, device=device),
-        stability_score=torch.zeros(0, device=device),
+        stability_score=torch.zeros(0, dtype=torch.float32, device=device),
         boxes=torch.zeros(0, 4, dtype=torch.int64, device=device),
         area=torch.zeros(0, dtype=torch.int64, device=device),
     )

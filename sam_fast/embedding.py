@@ -83,14 +83,21 @@ class ImageEmbedding:
         )
 
     def wait(self) -> None:
-        """Make the current CUDA stream wait until the features are computed; nothing on a CPU."""
-        if self._ready is not None:
+        """Make the current CUDA stream wait until the features are computed; nothing on a CPU, or amid a recording.
+
+        A CUDA graph cannot wait for what happened before its recording.
+        """
+        if self._ready is not None and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._ready)
             self.features.record_stream(stream)
 
     def save(self, path: str | Path) -> None:
-        """Write the embedding as a safetensors file that holds the tensor `features` and its sizes as metadata."""
+        """Write the embedding as a safetensors file that holds the tensor `features` and its sizes as metadata.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         metadata = {
             "format": "sam_fast.ImageEmbedding",
             "version": str(FORMAT_VERSION),
@@ -102,7 +109,10 @@ class ImageEmbedding:
             "metadata": json.dumps(self.metadata),
         }
         self.wait()
-        save_file({"features": self.features.detach().contiguous().cpu()}, str(path), metadata=metadata)
+        try:
+            save_file({"features": self.features.detach().contiguous().cpu()}, str(path), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ImageEmbedding:
@@ -153,7 +163,7 @@ def model_fingerprint(encoder: nn.Module) -> str:
 
 
 def _fingerprint(weights: list[tuple[str, torch.Tensor]]) -> str:
-    samples = [torch.zeros(0)]
+    samples = [torch.zeros(0, device="cpu")]
     digest = hashlib.sha256()
     for name, tensor in weights:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

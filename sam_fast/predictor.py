@@ -16,7 +16,14 @@ from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import Sam
 from sam_fast.ops.backend import unavailable_reason
 from sam_fast.ops.packed_masks import unpack_masks
-from sam_fast.preprocess import ImageLike, prepare_image, preprocess_images, preprocesses_plainly, read_image
+from sam_fast.preprocess import (
+    ImageLike,
+    postprocesses_plainly,
+    prepare_image,
+    preprocess_images,
+    preprocesses_plainly,
+    read_image,
+)
 from sam_fast.prompts import group_prompts, single_prompt_shape, to_prompts
 from sam_fast.runtime import InferenceRuntime
 from sam_fast.runtime.inference import Prompts
@@ -303,6 +310,10 @@ class SamPredictor:
         """What `predict_torch` returns; with `to_host`, boolean masks in host memory, where they arrive as bits."""
         low_res, iou = self.runtime.decode(embedding, prompts, multimask_output)
         height, width = embedding.original_size
+        if not postprocesses_plainly(self.model):
+            masks = self.model.postprocess_masks(low_res, embedding.input_size, embedding.original_size)
+            masks = masks if return_logits else masks > self.model.mask_threshold
+            return masks.cpu() if to_host else masks, iou, low_res
         if return_logits:
             masks = self.runtime.full_size_logits(embedding, low_res.flatten(0, 1))
         else:

@@ -138,6 +138,12 @@ def preprocesses_plainly(model: Sam) -> bool:
     return plain and model.image_format in _IMAGE_FORMATS
 
 
+def postprocesses_plainly(model: Sam) -> bool:
+    """Whether masks may be made without the model's own `postprocess_masks`, which somebody may have replaced."""
+    own = getattr(type(model), "postprocess_masks", None)
+    return own is Sam.postprocess_masks and "postprocess_masks" not in model.__dict__
+
+
 def _upload(image: ImageLike, image_format: str, device: torch.device) -> tuple[torch.Tensor, str]:
     """An image as uint8 [H,W,3] on a device, not waited for, and the order of its channels."""
     _require_format(image_format)
@@ -161,10 +167,8 @@ def _require_format(image_format: str) -> None:
 
 def _require_uint8(kind: str, dtype: object, is_uint8: bool) -> None:
     if not is_uint8:
-        raise ValueError(
-            f"{kind} must be uint8 with values 0 to 255, got {dtype}; "
-            "for floats in [0, 1] pass (image * 255).round() as uint8"
-        )
+        hint = "; for floats in [0, 1] pass (image * 255).round() as uint8" if "float" in str(dtype) else ""
+        raise ValueError(f"{kind} must be uint8 with values 0 to 255, got {dtype}{hint}")
 
 
 def _from_array(image: np.ndarray, image_format: str) -> np.ndarray:

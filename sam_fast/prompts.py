@@ -36,7 +36,10 @@ def to_prompts(arrays: Mapping[str, Any], embedding: ImageEmbedding, device: tor
         value = arrays.get(name)
         if value is None or (name == "labels" and arrays.get("points") is None):
             continue  # like the official code, labels without points are no prompt
-        array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu()
+            value = value.float() if value.dtype == torch.bfloat16 else value
+        array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{message} with numbers in it, got dtype {array.dtype}")
         if array.ndim not in (dims, dims + 1):
@@ -49,12 +52,12 @@ def to_prompts(arrays: Mapping[str, Any], embedding: ImageEmbedding, device: tor
     if "points" in batched:
         coords = transform.apply_coords(batched["points"], embedding.original_size)
         points = torch.as_tensor(coords, dtype=torch.float, device=device)
-        labels = torch.as_tensor(batched["labels"], dtype=torch.int, device=device)
+        labels = torch.as_tensor(np.array(batched["labels"], dtype=np.int32), device=device)
     if "boxes" in batched:
         corners = transform.apply_boxes(batched["boxes"], embedding.original_size)
         boxes = torch.as_tensor(corners, dtype=torch.float, device=device)
     if "masks" in batched:
-        masks = torch.as_tensor(batched["masks"], dtype=torch.float, device=device)
+        masks = torch.as_tensor(np.array(batched["masks"], dtype=np.float32), device=device)
     return Prompts(points, labels, boxes, masks)
 
 

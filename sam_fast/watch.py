@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _Made = TypeVar("_Made")
 
@@ -16,7 +17,8 @@ _Made = TypeVar("_Made")
 class Watch:
     """A module's layers and weights as they are now, all of them, with what they contain.
 
-    It holds them weakly enough: what is remembered are parts of the module, not the module.
+    It holds them weakly enough: what is remembered are parts of the module, not the module. What is written through
+    `.data` PyTorch does not count, and it goes unnoticed.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -82,6 +84,15 @@ class Derived:
         return values[key]
 
 
+def _count_writes(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """PyTorch does not count what a fused optimiser writes to weights."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for weight in group["params"]:
+                torch.autograd.graph.increment_version(weight)
+
+
+register_optimizer_step_post_hook(_count_writes)
 _stamps = Derived()
 
 

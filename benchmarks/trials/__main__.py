@@ -161,12 +161,13 @@ def main(arguments: list[str] | None = None) -> int:
     if given.begun:
         own = arguments[: arguments.index("--begun")]
         return work(given, shlex.join(["python", "-m", "benchmarks.trials", *own]))
+    given.output = given.output.resolve()  # a child begins in another folder
     given.output.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + given.seconds
     with tempfile.TemporaryDirectory() as folder:
         begun = Path(folder) / "begun.txt"
         command = [sys.executable, "-m", "benchmarks.trials", *arguments]
-        command += ["--begun", str(begun), "--deadline", str(deadline)]
+        command += ["--begun", str(begun), "--deadline", str(deadline), "--output", str(given.output)]
         environment = {**os.environ, "TRITON_INTERPRET": "1"} if given.device == "cpu" else None
         return supervise(command, begun, given.output / "trials.txt", deadline, given.patience, environment)
 

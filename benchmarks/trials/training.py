@@ -40,7 +40,7 @@ CASES = (Case("nano", 256, 64, 16, 2, 6), Case("nano", 512, 32, 12, 4, 4))
 
 
 def try_training(run: Run) -> None:
-    """Profile steps, in bfloat16 on a GPU, whole and in parts. Weights are random: what a step costs does not depend on them."""
+    """Profile steps, in bfloat16 on a GPU, whole and in parts; of random weights, on which no time depends."""
     for case in CASES:
         name = f"{case.model} {case.side} px, {case.images} images of {case.prompts} prompts"
         if run.is_late(f"training of {name}"):

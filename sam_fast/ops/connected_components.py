@@ -127,8 +127,8 @@ def _connected_components(bits: torch.Tensor, width: int, backend: str) -> tuple
     n, height, _ = bits.shape
     if native.uses_cuda(bits):
         return _connected_components_cuda(bits, width)
-    labels = torch.empty((n, height, width), dtype=torch.int32)
-    count = torch.empty(n, dtype=torch.int64)
+    labels = torch.empty((n, height, width), dtype=torch.int32, device="cpu")
+    count = torch.empty(n, dtype=torch.int64, device="cpu")
     native.module().connected_components(labels, count, bits.contiguous(), native.num_threads())
     return labels, count
 
@@ -173,7 +173,7 @@ def _remove_small_regions(
     if native.uses_cuda(bits):
         return _remove_small_regions_cuda(bits, width, area_threshold, mode)
     bits = bits.contiguous()
-    cleaned, changed = torch.empty_like(bits), torch.empty(bits.shape[0], dtype=torch.bool)
+    cleaned, changed = torch.empty_like(bits), torch.empty(bits.shape[0], dtype=torch.bool, device="cpu")
     native.module().remove_small_regions(
         cleaned, changed, bits, width, area_threshold, mode == "holes", native.num_threads()
     )

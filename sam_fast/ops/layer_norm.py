@@ -110,17 +110,18 @@ def _layer_norm(
         return (*quantise_reference(normalised), total) if to_e4m3 else (normalised.to(dtype), scales, total)
     from sam_fast.kernels import layer_norm as kernels
 
-    kernels.layer_norm(
-        y,
-        x.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        eps,
-        None if shift is None else shift.contiguous(),
-        None if delta is None else delta.contiguous(),
-        None if delta is None else total,
-        scales if to_e4m3 else None,
-    )
+    with torch.cuda.device_of(x):
+        kernels.layer_norm(
+            y,
+            x.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            eps,
+            None if shift is None else shift.contiguous(),
+            None if delta is None else delta.contiguous(),
+            None if delta is None else total,
+            scales if to_e4m3 else None,
+        )
     return y, scales, total
 
 

@@ -67,7 +67,7 @@ def _nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, backen
         return nms_reference(boxes, scores, iou_threshold)
     if native.uses_cuda(boxes):
         return _nms_cuda(boxes, scores, iou_threshold)
-    kept = torch.empty(boxes.shape[0], dtype=torch.int64)
+    kept = torch.empty(boxes.shape[0], dtype=torch.int64, device="cpu")
     count = native.module().nms(kept, boxes.contiguous(), scores.contiguous(), iou_threshold)
     return kept[:count]
 

@@ -108,7 +108,7 @@ def unpack_masks_apart(bits: torch.Tensor, width: int, *, backend: str = "auto")
         raise ValueError(f"bits must be [N, H, {row_bytes(width)}], got {list(bits.shape)}")
     if choose_backend("packed_masks", backend, bits) == "torch" or native.uses_cuda(bits):
         return [_unpack_masks(one, width, backend) for one in bits]
-    masks = [torch.empty((bits.shape[1], width), dtype=torch.bool) for _ in range(len(bits))]
+    masks = [torch.empty((bits.shape[1], width), dtype=torch.bool, device="cpu") for _ in range(len(bits))]
     native.module().unpack_masks_apart(masks, bits.contiguous(), width, native.num_threads())
     return masks
 

@@ -47,12 +47,13 @@ def _quantise(x: Tensor, gelu: bool, backend: str) -> tuple[Tensor, Tensor]:
     from sam_fast.kernels import quantise as kernels
 
     y, scales = _quantise_fake(x, gelu, backend)
-    kernels.quantise(y, scales, x.contiguous(), gelu=gelu)
+    with torch.cuda.device_of(x):
+        kernels.quantise(y, scales, x.contiguous(), gelu=gelu)
     return y, scales
 
 
 def _quantise_fake(x: Tensor, gelu: bool, backend: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(len(x), 1, dtype=torch.float32)
 
 
 register("quantise(Tensor x, bool gelu, str backend) -> (Tensor, Tensor)", _quantise, _quantise_fake)

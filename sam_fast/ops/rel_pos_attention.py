@@ -50,8 +50,10 @@ def rel_pos_attention(
     """
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be [B, H, W, 3, heads, d], got {list(qkv.shape)}")
-    if rel_pos is not None and [len(table) for table in rel_pos] != [2 * side - 1 for side in window]:
-        raise ValueError(f"relative positions {[len(t) for t in rel_pos]} do not fit windows of {window}")
+    if rel_pos is not None:
+        shapes, expected = [list(table.shape) for table in rel_pos], [[2 * side - 1, qkv.shape[5]] for side in window]
+        if shapes != expected:
+            raise ValueError(f"relative positions must be {expected} for windows of {window}, got {shapes}")
     scale = qkv.shape[5] ** -0.5 if scale is None else scale
     arguments = qkv, qkv_bias, *(rel_pos or (None, None)), *window, scale, backend
     if torch.compiler.is_compiling():
@@ -78,7 +80,8 @@ def rel_pos_attention_reference(
     bias = None
     if rel_pos is not None:
         spread = q.unflatten(2, (h, w))
-        offsets = [torch.arange(side)[:, None] - torch.arange(side) + side - 1 for side in window]
+        places = [torch.arange(side, device=qkv.device) for side in window]
+        offsets = [place[:, None] - place + len(place) - 1 for place in places]
         bias_h = torch.einsum("bnhwd,hkd->bnhwk", spread, rel_pos[0][offsets[0]])
         bias_w = torch.einsum("bnhwd,wkd->bnhwk", spread, rel_pos[1][offsets[1]])
         bias = (bias_h[..., :, None] + bias_w[..., None, :]).reshape(*q.shape[:2], h * w, h * w)
@@ -106,7 +109,8 @@ def _rel_pos_attention(
     if chosen == "triton":
         from sam_fast.kernels import rel_pos_attention as kernels
 
-        kernels.rel_pos_attention(output, qkv, rel_pos, (rows, columns), scale)
+        with torch.cuda.device_of(qkv):
+            kernels.rel_pos_attention(output, qkv, rel_pos, (rows, columns), scale)
         return output
     bias = None if bias is None else bias.contiguous()
     native.module().rel_pos_attention(

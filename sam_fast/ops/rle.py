@@ -90,7 +90,7 @@ def decode_rle(rles: Sequence[Mapping[str, Any]], *, backend: str = "auto") -> t
         raise ValueError(f"size must be [H, W], got {list(size)}")
     per_mask = [_counts_tensor(rle["counts"], backend) for rle in rles]
     lengths = torch.tensor([0, *(len(counts) for counts in per_mask)], dtype=torch.int64)
-    counts = torch.cat(per_mask) if per_mask else torch.empty(0, dtype=torch.int64)
+    counts = torch.cat(per_mask) if per_mask else torch.empty(0, dtype=torch.int64, device="cpu")
     return decode_runs(counts, lengths.cumsum(0), size, backend=backend)
 
 
@@ -310,9 +310,9 @@ def _encode_rle(
     if native.uses_cuda(bits):
         return _encode_rle_cuda(bits, placement)
     bits = bits.contiguous()
-    offsets = torch.empty(bits.shape[0] + 1, dtype=torch.int64)
+    offsets = torch.empty(bits.shape[0] + 1, dtype=torch.int64, device="cpu")
     native.module().rle_offsets(offsets, bits, *placement, native.num_threads())
-    counts = torch.empty(int(offsets[-1]), dtype=torch.int64)
+    counts = torch.empty(int(offsets[-1]), dtype=torch.int64, device="cpu")
     native.module().rle_encode(counts, offsets, bits, *placement, native.num_threads())
     return counts, offsets
 
@@ -346,7 +346,7 @@ def _decode_rle(counts: torch.Tensor, offsets: torch.Tensor, height: int, width:
     if native.uses_cuda(counts):
         return _decode_rle_cuda(counts, offsets, height, width)
     counts, offsets = counts.contiguous(), offsets.contiguous()
-    bits = torch.empty((offsets.shape[0] - 1, height, row_bytes(width)), dtype=torch.uint8)
+    bits = torch.empty((offsets.shape[0] - 1, height, row_bytes(width)), dtype=torch.uint8, device="cpu")
     bad = native.module().rle_decode(bits, counts, offsets, width, native.num_threads())
     if bad >= 0:
         raise ValueError(_bad_counts(bad, counts[offsets[bad] : offsets[bad + 1]], height, width))

@@ -52,7 +52,7 @@ def encode_strings(
         native.module().rle_strings_cuda(text, string_offsets, counts, offsets, native.cuda_stream(counts))
         return text, string_offsets
     native.module().rle_compressed_offsets(string_offsets, counts, offsets)
-    text = torch.empty(int(string_offsets[-1]), dtype=torch.uint8)
+    text = torch.empty(int(string_offsets[-1]), dtype=torch.uint8, device="cpu")
     native.module().rle_compress(text, string_offsets, counts, offsets, native.num_threads())
     return text, string_offsets
 
@@ -78,10 +78,10 @@ def decompress_runs(text: str | bytes, *, backend: str = "auto") -> torch.Tensor
         raise TypeError(f"compressed counts must be str or bytes, got {type(text).__name__}")
     data = text.encode() if isinstance(text, str) else text
     if not data:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if choose_backend("rle", backend) == "torch":
         return torch.tensor(decompress_reference(data), dtype=torch.int64)
-    counts = torch.empty(len(data), dtype=torch.int64)
+    counts = torch.empty(len(data), dtype=torch.int64, device="cpu")
     size = native.module().rle_decompress(counts, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     if size < 0:
         raise ValueError(_malformed(data, -1 - size))

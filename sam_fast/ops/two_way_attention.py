@@ -13,6 +13,7 @@ Where no prompt has written into the image yet, the pixels' queries are the same
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from sam_fast.ops.library import register
 HEADS = 8  # of the native backend, the lanes of its vectors, and of Triton's
 _TRITON_CHANNELS = (32, 64, 128, 256)
 _TRITON_ROWS = 128  # that pixels take from: of 16 tokens
+_SHARED_BY_128_ROWS = 163 * 1024  # bytes of shared memory that suffice for them, in half precision
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -135,14 +137,33 @@ def _takes(
     triton_fits = heads == HEADS and C in _TRITON_CHANNELS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
     if write is not None:
         width = 128 if write.queries is None else write.queries[0].numel()
-        triton_fits &= write.offered.shape[1] <= _TRITON_ROWS and width in _TRITON_CHANNELS
+        rows = write.offered.shape[1]
+        triton_fits &= rows <= _triton_rows(image) and width in _TRITON_CHANNELS
     triton_fits &= pe.numel() < 2**31  # offsets within an image have 32 bits
     native = f"{HEADS} heads, channels in eights, and float32"
     triton = (
-        f"{HEADS} heads, {_TRITON_CHANNELS} channels, {_TRITON_ROWS // HEADS} tokens and one of float32, bfloat16, "
-        f"float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
+        f"{HEADS} heads, {_TRITON_CHANNELS} channels, {_triton_rows(image) // HEADS} tokens and one of float32, "
+        f"bfloat16, float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
     )
     return {"native": None if native_fits else native, "triton": None if triton_fits else triton}
+
+
+def _triton_rows(image: Tensor) -> int:
+    """How many rows Triton's pixels can take from, on that device and of that type.
+
+    In half precision a program holds all of them in shared memory: more than 64 do not fit into that of GPUs other than
+    those for data centres (99 KiB on sm_86, sm_89 and sm_120).
+    """
+    if not image.is_cuda or image.dtype == torch.float32 or _shared_memory(image.device) >= _SHARED_BY_128_ROWS:
+        return _TRITON_ROWS
+    return _TRITON_ROWS // 2
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may use at most."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _widened(

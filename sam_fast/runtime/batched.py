@@ -22,7 +22,8 @@ def run(model: Sam, batched_input: list[dict[str, Any]], multimask_output: bool)
     and under autocast.
     """
     weights = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if type(model) is not Sam or weights != {torch.float32} or torch.is_autocast_enabled(model.device.type):
+    replaced = type(model) is not Sam or "postprocess_masks" in model.__dict__
+    if replaced or weights != {torch.float32} or torch.is_autocast_enabled(model.device.type):
         return None
     runtime = _runtimes.get(model)
     if runtime is None:
@@ -30,7 +31,7 @@ def run(model: Sam, batched_input: list[dict[str, Any]], multimask_output: bool)
         runtime = _runtimes[model] = InferenceRuntime(weakref.proxy(model))  # type: ignore[arg-type]
     pixels = torch.stack([model.preprocess(record["image"]) for record in batched_input])
     input_sizes = [tuple(record["image"].shape[-2:]) for record in batched_input]
-    original_sizes = [tuple(record["original_size"]) for record in batched_input]
+    original_sizes = [_two_numbers(record["original_size"]) for record in batched_input]
     embeddings = runtime.encode_pixels(pixels, input_sizes, original_sizes)
     results = []
     for record, embedding in zip(batched_input, embeddings, strict=True):
@@ -48,3 +49,9 @@ def run(model: Sam, batched_input: list[dict[str, Any]], multimask_output: bool)
         masks = unpack_masks(bits, width).view(*logits.shape[:2], height, width)
         results.append({"masks": masks, "iou_predictions": iou, "low_res_logits": logits})
     return results
+
+
+def _two_numbers(size: Any) -> tuple[int, int]:
+    """(H, W) of numbers or of tensors, as a loader collates them."""
+    height, width = size
+    return int(height), int(width)

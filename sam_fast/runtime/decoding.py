@@ -178,7 +178,7 @@ class Decoding:
 
     def _with_shared(self, embedding: ImageEmbedding, inputs: list[_DecoderInputs]) -> list[_DecoderInputs]:
         """Inputs with what they share, looked up once and not for every few prompts."""
-        if not inputs[0].no_masks:
+        if not inputs[0].no_masks or not _is_plain(self.model.prompt_encoder):  # others may add masks of their own
             return inputs
         shared = self._first_layer(embedding, inputs[0]), self._rows_of_pe(inputs[0])
         return [some._replace(shared=shared) for some in inputs]
@@ -257,14 +257,15 @@ class Decoding:
 
                 dense = encoder.no_mask_embed.weight.view(1, -1, 1, 1).expand(1, -1, *encoder.image_embedding_size)
                 return graphs("points", embed, prompts.points, prompts.labels)[0], dense
-        return encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
+        with _places_in_full(self.model.device):
+            return encoder(points=points, boxes=prompts.boxes, masks=masks, **extra)
 
     def _graphs_of_points(self, stamps: _Stamps) -> Graphs | None:
         """Those of the prompt encoder, anew when a weight changes; None where somebody listens to it."""
         encoder = self.model.prompt_encoder
 
         def make() -> Graphs | None:
-            return Graphs() if type(encoder) is PromptEncoder and is_untouched_throughout(encoder) else None
+            return Graphs(most=32) if _is_plain(encoder) else None  # small ones, of each number of clicks in use
 
         return self._kept.of("graphs of points", make, stamps.prompt_encoder)
 
@@ -320,7 +321,8 @@ class Decoding:
         encoder = self.model.prompt_encoder
 
         def encode() -> Tensor:
-            return encoder.get_dense_pe().contiguous(memory_format=torch.channels_last)
+            with _places_in_full(self.model.device):
+                return encoder.get_dense_pe().contiguous(memory_format=torch.channels_last)
 
         return self._kept.of("image pe", encode, stamps.prompt_encoder)
 
@@ -333,7 +335,7 @@ class Decoding:
         return self._kept.of("packed pe", lambda: _pixels(inputs.pe).to(packed.dtype), stamp_of_pe, packed.dtype)
 
     def _first_layer(self, embedding: ImageEmbedding, inputs: _DecoderInputs) -> FirstLayer:
-        """Projections of an image without mask prompts, kept with it."""
+        """Projections of an image without mask prompts, kept with it for as long as its features are the same."""
         encoder = self.model.prompt_encoder
         way = inputs.packed or inputs.cpu
         assert way is not None
@@ -342,10 +344,28 @@ class Decoding:
             image = inputs.features + encoder.no_mask_embed.weight.view(1, -1, 1, 1)
             return way.project_first_layer(_pixels(image), _pixels(inputs.pe))
 
-        dtype = None if inputs.packed is None else inputs.packed.dtype
-        device = embedding.device  # alone: what is kept with an embedding must not keep it alive
+        features, device = embedding.features, embedding.device  # alone: what is kept must not keep the embedding alive
+        version = None if features.is_inference() else features._version
+        stamps = _Same(features), version, inputs.stamps.mask_decoder, inputs.stamps.prompt_encoder
+        dtype: torch.dtype | None = None
+        if inputs.packed is not None:
+            dtype = inputs.packed.dtype
+        elif torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
-        return kept.of(dtype, project, inputs.stamps.mask_decoder, inputs.stamps.prompt_encoder)
+        return kept.of(dtype, project, *stamps)
+
+
+class _Same:
+    """Equal to another one of the very same tensor."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.tensor is self.tensor
 
 
 def _pixels(image: Tensor) -> Tensor:
@@ -355,7 +375,20 @@ def _pixels(image: Tensor) -> Tensor:
 
 def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:
     """Whether the stages of a decoder may be called one by one: not of somebody's own, or where somebody listens."""
-    return isinstance(decoder, MaskDecoder) and is_untouched(decoder)
+    if not isinstance(decoder, MaskDecoder) or not is_untouched(decoder):
+        return False
+    kind = type(decoder)
+    return kind.forward is MaskDecoder.forward and kind.predict_masks is MaskDecoder.predict_masks
+
+
+def _is_plain(encoder: nn.Module) -> bool:
+    """Whether a prompt encoder is the usual one, and nobody listens to it or to its parts."""
+    return type(encoder) is PromptEncoder and is_untouched_throughout(encoder)
+
+
+def _places_in_full(device: torch.device) -> AbstractContextManager:
+    """Without autocast: places in bfloat16 are a pixel off."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _above(scores: Tensor, threshold: float | None) -> Tensor:

@@ -91,7 +91,8 @@ class Graphs:
         return self._recordings[key]
 
     def _record(self, function: Function, inputs: tuple[Tensor, ...]) -> _Recording:
-        own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        with torch.inference_mode(False), torch.no_grad():  # or calls outside of that mode could not write to them
+            own = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
         function(*own)
         graph = torch.cuda.CUDAGraph()
         with _recording_lock, torch.cuda.stream(torch.cuda.current_stream()):  # the stream returns after an error too

@@ -43,7 +43,8 @@ class InferenceRuntime:
     def __init__(self, model: Sam, precision: str = "auto", backend: str = "auto") -> None:
         """
         Args:
-            model: the Sam to run; its weights are read at every call, so they may change in between.
+            model: the Sam to run; its weights may change between calls, by optimisers and `with torch.no_grad():
+                weight.copy_(...)`, but not through `weight.data`, which nobody can notice.
             precision: auto, fp32, bf16, fp16, fp8 or int8 (see `resolve_precision`). A model that was converted
                 (`half()`, `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is
                 narrower.

@@ -68,7 +68,7 @@ class Int8Linear:
     def __init__(self, layer: nn.Linear) -> None:
         weight = layer.weight.detach()
         self._scales = weight.abs().amax(1).clamp(min=_SMALLEST) / 127
-        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
         integers = (weight / self._scales[:, None]).round_().to(torch.int8)
         self._packed = torch.ops.onednn.qlinear_prepack(integers, None)
         self._bias = None if layer.bias is None else layer.bias.detach()

@@ -66,7 +66,7 @@ class PackedDecoder:
         """
         self.dtype = dtype
         self.backend = backend
-        self._graphs = Graphs(most=12)  # of each number of tokens in use
+        self._graphs = Graphs(most=24)  # of each number of tokens in use, with one mask or three
         self.decoder = copy.deepcopy(decoder).float().requires_grad_(False)
         self.transformer = cast(TwoWayTransformer, self.decoder.transformer)
         for part in self.transformer.modules():

@@ -15,7 +15,7 @@ _MOST_COPIES = 2  # at a time
 
 def upload(values: Any, device: torch.device) -> Tensor:
     """A tensor of `values` (a list, an array) on a device; the host does not wait for it."""
-    tensor = torch.as_tensor(values)
+    tensor = torch.as_tensor(values, device="cpu")
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -114,7 +114,7 @@ class Download:
         staged, ready = packed, None
         if packed.is_cuda:
             # PyTorch keeps pinned memory for the next copy.
-            staged = torch.empty(packed.shape, dtype=torch.uint8, pin_memory=True)
+            staged = torch.empty(packed.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
             staged.copy_(packed, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record(torch.cuda.current_stream(packed.device))
