@@ -92,7 +92,7 @@ class SamAutomaticMaskGenerator:
             precision, backend: see `SamPredictor`.
 
         Raises:
-            ValueError: not exactly one of the two grids is given, or output_mode is unknown.
+            ValueError: not exactly one of the two grids is given, output_mode is unknown, or a number is out of range.
         """
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("Exactly one of points_per_side or point_grids must be provided.")
@@ -100,6 +100,8 @@ class SamAutomaticMaskGenerator:
             raise ValueError(f"output_mode must be one of {', '.join(_OUTPUT_MODES)}, got {output_mode!r}")
         if points_per_batch < 1:
             raise ValueError(f"points_per_batch must be positive, got {points_per_batch}")
+        if not 0 <= crop_overlap_ratio <= 1:
+            raise ValueError(f"crop_overlap_ratio must be from 0 to 1, got {crop_overlap_ratio}")
         if points_per_side is not None:
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
         assert point_grids is not None
@@ -258,7 +260,8 @@ class SamAutomaticMaskGenerator:
         rles = list(mask_data["rles"])
         if not rles:
             return mask_data
-        boxes = torch.as_tensor(mask_data["boxes"]).clone()
+        boxes = mask_data["boxes"]
+        boxes = boxes.clone() if isinstance(boxes, torch.Tensor) else torch.tensor(boxes, device="cpu")
         unchanged = torch.ones(len(rles), dtype=torch.float32, device="cpu")
         for start in range(0, len(rles), _FULL_SIZE_BATCH["cpu"]):
             chunk = rles[start : start + _FULL_SIZE_BATCH["cpu"]]

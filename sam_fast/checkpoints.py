@@ -7,17 +7,24 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sam_fast.modeling import Sam
 from sam_fast.modeling.image_encoder import Block, ImageEncoderViT, resize_absolute_positions, resize_relative_positions
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 # The end of each name is the beginning of the file's SHA-256.
 OFFICIAL_FILES = {
@@ -101,12 +108,18 @@ def save_checkpoint(model: Sam, path: _Path, *, dtype: torch.dtype | None = None
         model: what to save.
         path: of the file; its folder must exist.
         dtype: number format of the floating-point tensors in the file; that of the model by default.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     state = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    safetensors.torch.save_file(state, os.fspath(path))
+    try:
+        safetensors.torch.save_file(state, os.fspath(path))
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
 
 
 def checkpoint_file(path: _Path) -> Path:
@@ -243,7 +256,8 @@ def download_checkpoint(
 ) -> Path:
     """Download an official checkpoint, or find that it is there, and check its SHA-256.
 
-    The file grows under a name that ends in `.part`, and an interrupted download goes on where it stopped.
+    The file grows under a name that ends in `.part`, and an interrupted download goes on where it stopped. Of several
+    calls at a time, also in other processes, one downloads and the others wait (not on Windows).
 
     Args:
         model_type: vit_b, vit_l or vit_h.
@@ -262,23 +276,56 @@ def download_checkpoint(
         raise ValueError(f"model_type must be one of {', '.join(OFFICIAL_FILES)}, got {model_type!r}")
     name = OFFICIAL_FILES[model_type]
     target = Path(directory) / name if directory is not None else default_directory() / name
-    if target.exists():
-        _check_hash(target, "delete it to download it again")
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(name + ".part")
-    url = base_url.rstrip("/") + "/" + name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(target.with_name(name + ".lock")):
+            if not target.exists():
+                _download(base_url.rstrip("/") + "/" + name, target, progress)
+                return target
+    _check_hash(target, "delete it to download it again")
+    return target
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait until no other holds the file `lock`, and hold it; it exists only so long."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        with open(lock, "ab") as file:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(lock, file):  # its last holder removed it
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO[bytes]) -> bool:
+    """Whether `file` is what now lies at `path`."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _download(url: str, target: Path, progress: Callable[[int, int | None], None] | None) -> None:
+    """Download or complete `target`, and check it before it gets its name."""
+    part = target.with_name(target.name + ".part")
     try:
         _fetch(url, part, progress)
     except (OSError, HTTPException) as error:  # urllib's errors are OSErrors
         raise RuntimeError(f"could not download {url}: {error}") from error
     try:
-        _check_hash(part, "it is deleted, the next call begins anew", name)
+        _check_hash(part, "it is deleted, the next call begins anew", target.name)
     except RuntimeError:
         part.unlink()
         raise
     part.replace(target)
-    return target
 
 
 def _fetch(url: str, part: Path, progress: Callable[[int, int | None], None] | None) -> None:

@@ -127,26 +127,31 @@ class ImageEmbedding:
         try:
             with safe_open(str(path), framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "sam_fast.ImageEmbedding":
-                    raise ValueError(f"{path} is a safetensors file, but not an image embedding of sam_fast")
-                if metadata["version"] != str(FORMAT_VERSION):
-                    raise ValueError(
-                        f"{path} has embedding format {metadata['version']}, this release reads {FORMAT_VERSION}"
+                problem = _format_problem(metadata)
+                if problem is None:
+                    height, width = json.loads(metadata["original_size"])
+                    input_height, input_width = json.loads(metadata["input_size"])
+                    return cls(
+                        file.get_tensor("features"),
+                        (int(height), int(width)),
+                        (int(input_height), int(input_width)),
+                        int(metadata["image_size"]),
+                        metadata["image_format"],
+                        metadata["fingerprint"],
+                        dict(json.loads(metadata["metadata"])),
                     )
-                features = file.get_tensor("features")
-            height, width = json.loads(metadata["original_size"])
-            input_height, input_width = json.loads(metadata["input_size"])
-            return cls(
-                features,
-                (int(height), int(width)),
-                (int(input_height), int(input_width)),
-                int(metadata["image_size"]),
-                metadata["image_format"],
-                metadata["fingerprint"],
-                dict(json.loads(metadata["metadata"])),
-            )
-        except (SafetensorError, KeyError, json.JSONDecodeError, TypeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path} is not a readable image embedding: {error!r}") from error
+        raise ValueError(f"{path} {problem}")
+
+
+def _format_problem(metadata: dict[str, str]) -> str | None:
+    """Why a safetensors file with this metadata is no embedding that can be read, or None."""
+    if metadata.get("format") != "sam_fast.ImageEmbedding":
+        return "is a safetensors file, but not an image embedding of sam_fast"
+    if metadata["version"] != str(FORMAT_VERSION):
+        return f"has embedding format {metadata['version']}, this release reads {FORMAT_VERSION}"
+    return None
 
 
 _fingerprints = Derived()

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from sam_fast.modeling import Sam
 from sam_fast.ops.resize import preprocess_image_
@@ -23,6 +23,16 @@ from sam_fast.utils.transforms import ResizeLongestSide
 ImageLike: TypeAlias = "np.ndarray | torch.Tensor | Image.Image | str | os.PathLike[str]"
 
 _IMAGE_FORMATS = ("RGB", "BGR")
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def read_image(image: ImageLike, image_format: str = "RGB") -> np.ndarray:
@@ -223,9 +233,11 @@ def _from_pillow(image: Image.Image) -> np.ndarray:
 def _from_file(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            return _from_pillow(image)
-    except FileNotFoundError:
+            file.load()  # of a PNG, the EXIF may come after the pixels
+            # Not ImageOps.exif_transpose: it writes the EXIF anew, which fails where some other tag is odd.
+            turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION))
+            return _from_pillow(file if turn is None else file.transpose(turn))
+    except (FileNotFoundError, MemoryError):
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{os.fspath(path)} is not a readable image: {error}") from error

@@ -36,10 +36,7 @@ def to_prompts(arrays: Mapping[str, Any], embedding: ImageEmbedding, device: tor
         value = arrays.get(name)
         if value is None or (name == "labels" and arrays.get("points") is None):
             continue  # like the official code, labels without points are no prompt
-        if isinstance(value, torch.Tensor):
-            value = value.detach().cpu()
-            value = value.float() if value.dtype == torch.bfloat16 else value
-        array = np.asarray(value)
+        array = _to_array(value)
         if array.dtype.kind not in "biuf":
             raise ValueError(f"{message} with numbers in it, got dtype {array.dtype}")
         if array.ndim not in (dims, dims + 1):
@@ -118,10 +115,18 @@ def group_prompts(
     groups: list[tuple[list[int], dict[str, np.ndarray | None]]] = []
     for indices in by_count.values():
         arrays: dict[str, np.ndarray | None] = {
-            "points": np.stack([np.asarray(coords[i]) for i in indices]),
-            "labels": np.stack([np.asarray(labels[i]) for i in indices]),
-            "boxes": None if boxes is None else np.asarray(boxes)[indices],
-            "masks": None if masks is None else np.asarray(masks)[indices],
+            "points": np.stack([_to_array(coords[i]) for i in indices]),
+            "labels": np.stack([_to_array(labels[i]) for i in indices]),
+            "boxes": None if boxes is None else _to_array(boxes)[indices],
+            "masks": None if masks is None else _to_array(masks)[indices],
         }
         groups.append((indices, arrays))
     return groups
+
+
+def _to_array(value: Any) -> np.ndarray:
+    """An array of a list, of an array, or of a tensor on any device."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+    return np.asarray(value)

@@ -224,6 +224,9 @@ def test_backends_agree(tiny_models, image):
         ({"point_grids": [np.zeros((1, 2))]}, "Exactly one of"),
         ({"output_mode": "png"}, "output_mode must be one of"),
         ({"points_per_batch": 0}, "points_per_batch must be positive"),
+        ({"crop_overlap_ratio": 1.5}, "crop_overlap_ratio must be from 0 to 1, got 1.5"),
+        ({"crop_overlap_ratio": -0.1}, "crop_overlap_ratio must be"),
+        ({"crop_overlap_ratio": np.nan}, "crop_overlap_ratio must be"),
         ({"points_per_side": None, "point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "needs 2 point_grids"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -21,6 +23,7 @@ class _Server(ThreadingHTTPServer):
     ranges = True  # answer Range requests with 206
     stop_after: int | None = None  # close the connection after this many bytes
     say_length = True
+    lull = 0.0  # seconds between the halves of a body
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -52,7 +55,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.say_length:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[: self.server.stop_after])
+        body = body[: self.server.stop_after]
+        self.wfile.write(body[: len(body) // 2])
+        time.sleep(self.server.lull)
+        self.wfile.write(body[len(body) // 2 :])
         return None
 
 
@@ -104,6 +110,29 @@ def test_an_interrupted_download_goes_on(server, tmp_path):
     assert path.read_bytes() == CONTENT
     assert server.requested == [None, "bytes=3000000-"]
     assert calls[0][0] > 3_000_000 and calls[-1] == (len(CONTENT), len(CONTENT))
+
+
+@pytest.mark.parametrize("there", [0, 1_000_000], ids=["new", "begun"])
+def test_downloads_at_the_same_time_make_one_request(server, tmp_path, there):
+    server.lull = 0.2
+    if there:
+        (tmp_path / f"{NAME}.part").write_bytes(CONTENT[:there])
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(download_checkpoint, "vit_b", tmp_path, server.url) for _ in range(3)]
+    assert [call.result() for call in calls] == [tmp_path / NAME] * 3
+    assert (tmp_path / NAME).read_bytes() == CONTENT
+    assert len(server.requested) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / NAME]
+
+
+def test_after_a_failure_the_next_in_line_goes_on(server, tmp_path):
+    server.lull, server.stop_after = 0.2, 3_000_000
+    with ThreadPoolExecutor() as pool:
+        calls = [pool.submit(download_checkpoint, "vit_b", tmp_path, server.url) for _ in range(2)]
+    broken = [isinstance(call.exception(), RuntimeError) for call in calls]
+    assert sum(broken) == 1
+    assert calls[broken.index(False)].result().read_bytes() == CONTENT
+    assert server.requested == [None, "bytes=3000000-"]
 
 
 def test_a_server_without_ranges_starts_again(server, tmp_path):

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sam_fast import ImageEmbedding, SamPredictor
@@ -82,6 +83,30 @@ def test_damaged_file(predictor, photo, tmp_path, damage):
         save_file({"x": torch.ones(1)}, str(path))
     with pytest.raises(ValueError, match=r"image\.safetensors"):
         ImageEmbedding.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("original_size", "[8]"),
+        ("input_size", "8"),
+        ("image_size", "x"),
+        ("metadata", "[1]"),
+        ("original_size", "[Infinity, 8]"),
+    ],
+)
+def test_damaged_metadata(predictor, landscape, tmp_path, name, value):
+    path = tmp_path / "image.safetensors"
+    predictor.set_image(landscape).save(path)
+    with safe_open(str(path), framework="pt") as file:
+        metadata, features = file.metadata(), file.get_tensor("features")
+    save_file({"features": features}, str(path), metadata={**metadata, name: value})
+    with pytest.raises(ValueError, match=r"image\.safetensors is not a readable image embedding"):
+        ImageEmbedding.load(path)
+    for changed, message in (({"format": "x"}, "not an image embedding of sam_fast$"), ({"version": "9"}, "reads 1$")):
+        save_file({"features": features}, str(path), metadata={**metadata, **changed})
+        with pytest.raises(ValueError, match=rf"image\.safetensors .*{message}"):
+            ImageEmbedding.load(path)
 
 
 def test_missing_file(tmp_path):

@@ -3,11 +3,12 @@
 import copy
 import io
 import re
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
 from sam_fast import SamPredictor
 from sam_fast.preprocess import prepare_image, preprocess_images, preprocesses_plainly, read_image
@@ -133,6 +134,39 @@ def test_files_are_turned_upright(tmp_path, rgb, orientation):
         assert_is_rgb(read_image(opened), stored)  # Pillow images are taken as they are
 
 
+@pytest.mark.parametrize("form", ["png", "jpg", "tif"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_files_are_turned_as_by_pillow(tmp_path, rgb, orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo.{form}"
+    Image.fromarray(rgb).save(path, exif=exif)
+    with Image.open(path) as opened:
+        assert_is_rgb(read_image(path), np.asarray(ImageOps.exif_transpose(opened)))
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "count", "value"),
+    [
+        (0x011A, 2, 3, b"72\0"),
+        (0x0132, 5, 1, struct.pack("<II", 1, 2)),
+        (0x0100, 9, 1, struct.pack("<i", -5)),
+        (0x011A, 11, 1, struct.pack("<f", np.nan)),
+        (0x0111, 2, 3, b"ab\0"),
+    ],
+    ids=["text-resolution", "rational-date", "negative-width", "nan-resolution", "text-offset"],
+)
+def test_odd_exif_does_not_matter(tmp_path, rgb, tag, kind, count, value):
+    """A JPEG to be turned by a quarter, with one more tag of a wrong type or value."""
+    rest = value if len(value) > 4 else b""
+    entry = value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", 38)  # behind header, two entries, end
+    tags = struct.pack("<HHHIHHHHI", 2, 0x0112, 3, 1, 6, 0, tag, kind, count) + entry
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + tags + bytes(4) + rest
+    Image.fromarray(rgb).save(tmp_path / "photo.jpg", exif=exif)
+    with Image.open(tmp_path / "photo.jpg") as opened:
+        assert_is_rgb(read_image(tmp_path / "photo.jpg"), np.rot90(np.asarray(opened), -1))
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
@@ -184,6 +218,20 @@ def test_bad_files_raise_with_their_name(tmp_path, rgb):
             read_image(tmp_path / name)
     with pytest.raises(ValueError, match=tmp_path.name):
         read_image(tmp_path)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError, MemoryError])
+def test_whatever_a_decoder_raises_is_a_bad_file(tmp_path, rgb, monkeypatch, error):
+    """But for a lack of memory, of which the file is innocent."""
+    Image.fromarray(rgb).save(tmp_path / "photo.png")
+
+    def fail(self):
+        raise error("failed to decode")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(MemoryError if error is MemoryError else ValueError, match="failed to decode") as caught:
+        read_image(tmp_path / "photo.png")
+    assert ("photo.png is not a readable image" in str(caught.value)) == (error is not MemoryError)
 
 
 @pytest.mark.parametrize("size", [(13, 21), (64, 64), (1, 1), (63, 2), (700, 31)], ids=lambda s: f"{s[0]}x{s[1]}")

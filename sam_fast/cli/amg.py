@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sam_fast.cli.console import item_progress, out, report_error
+from sam_fast.cli.console import escaped, item_progress, out, report_error
 from sam_fast.cli.model import (
     Backend,
     BackendOption,
@@ -29,6 +29,7 @@ METADATA_COLUMNS = (
     "predicted_iou,stability_score,crop_box_x0,crop_box_y0,crop_box_w,crop_box_h"
 )
 _SETTINGS = "Mask generator"
+_NO_PHOTOS = {"PDF", "PALM", "MPEG", "HDF5", "GRIB", "BUFR"}  # formats that Pillow knows, but cannot read by itself
 
 
 def amg(
@@ -44,7 +45,7 @@ def amg(
         bool, typer.Option("--overlay", help="Also write <image>_overlay.jpg, the masks drawn on the image.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an image's folder of masks if it exists.")
+        bool, typer.Option("--overwrite", help="Replace an image's folder of masks, or JSON, if it exists.")
     ] = False,
     precision: PrecisionOption = Precision.auto,
     backend: BackendOption = Backend.auto,
@@ -127,7 +128,7 @@ def amg(
     summary = f"{masks} masks of {done} image{'s' * (done != 1)} in {seconds:.1f} s on {device}, written to {output}"
     if ignored:
         summary += f"; {ignored} other file{'s' * (ignored != 1)} ignored"
-    out().print(summary + (f"; [red]{unreadable} unreadable[/]" if unreadable else ""))
+    out().print(escaped(summary) + (f"; [red]{unreadable} unreadable[/]" if unreadable else ""))
     if unreadable:
         raise typer.Exit(1)
 
@@ -135,7 +136,8 @@ def amg(
 def find_images(path: Path) -> tuple[list[Path], int]:
     """Return the images that `path` stands for, in order of name, and how many other files lie beside them.
 
-    A file is taken at its word; of a folder those files are taken whose suffix is that of an image format.
+    A file is taken at its word; of a folder those files are taken whose suffix is that of an image format that Pillow
+    reads.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no image in the folder.
@@ -146,7 +148,7 @@ def find_images(path: Path) -> tuple[list[Path], int]:
         if not path.exists():
             raise FileNotFoundError(f"no image or folder at {path}")
         return [path], 0
-    suffixes = Image.registered_extensions()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name not in _NO_PHOTOS}
     files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
     images = [file for file in files if file.suffix.lower() in suffixes]
     if not images:
@@ -159,13 +161,14 @@ def check_targets(images: Sequence[Path], output: Path, as_json: bool, overwrite
 
     Raises:
         ValueError: two images differ in their suffix only.
-        FileExistsError: a folder of masks exists and `overwrite` is off.
+        FileExistsError: a folder of masks, or a JSON file with `as_json`, exists and `overwrite` is off.
     """
     stem, count = Counter(image.stem for image in images).most_common(1)[0]
     if count > 1:
         names = ", ".join(image.name for image in images if image.stem == stem)
         raise ValueError(f"the results of {names} would share one name; put these images into different folders")
-    existing = [output / image.stem for image in images if not as_json and (output / image.stem).exists()]
+    targets = [output / (f"{image.stem}.json" if as_json else image.stem) for image in images]
+    existing = [target for target in targets if target.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{existing[0]} exists; remove it, choose another --output, or pass --overwrite")
 
@@ -212,7 +215,7 @@ def _process(generator: Any, path: Path, output: Path, overlay: bool) -> int | N
     else:
         (output / f"{path.stem}.json").write_text(json.dumps(records))
     if overlay:
-        from sam_fast.utils.overlay import draw_masks
+        from sam_fast.utils.overlay import draw_masks, save_picture
 
-        draw_masks(image, records).save(output / f"{path.stem}_overlay.jpg", quality=92)
+        save_picture(draw_masks(image, records), output / f"{path.stem}_overlay.jpg")
     return len(records)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sam_fast.cli.console import out
+from sam_fast.cli.console import escaped, out
 
 
 def convert(
@@ -34,4 +34,4 @@ def convert(
     model = build_sam_from_config(config, source)
     target.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, target, dtype=torch.float16 if half else torch.float32)
-    out().print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    out().print(f"{escaped(target)}: {target.stat().st_size / 1e6:.1f} MB")

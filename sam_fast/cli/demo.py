@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sam_fast.cli.console import out
+from sam_fast.cli.console import escaped, out
 from sam_fast.cli.model import Device, ModelType, choose_device, load_model
 
 _SEED = 0
@@ -46,7 +46,7 @@ def demo(
 
     from sam_fast import SamAutomaticMaskGenerator
     from sam_fast.preprocess import read_image
-    from sam_fast.utils.overlay import beside, draw_masks
+    from sam_fast.utils.overlay import beside, draw_masks, save_picture
 
     name = "astronaut" if image is None else image.stem
     with resources.as_file(resources.files("sam_fast") / "assets" / "photos" / "astronaut.jpg") as packaged:
@@ -67,15 +67,15 @@ def demo(
 
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}_masks.jpg"
-    beside(Image.fromarray(photo), draw_masks(photo, records)).save(path, quality=92)
+    save_picture(beside(Image.fromarray(photo), draw_masks(photo, records)), path)
     console = out()
     height, width = photo.shape[:2]
     side = settings["points_per_side"]
     console.print(
-        f"{len(records)} masks of {name} ({width} x {height}) by {model_type} on {device} in {seconds:.1f} s, "
+        f"{len(records)} masks of {escaped(name)} ({width} x {height}) by {model_type} on {device} in {seconds:.1f} s, "
         f"{side} x {side} points"
     )
-    console.print(f"picture: {path}")
+    console.print(f"picture: {escaped(path)}")
     if seeded:
         console.print(
             f"[yellow]These weights are random (seed {_SEED}): "

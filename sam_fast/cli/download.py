@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from sam_fast.cli.console import item_progress, out
+from sam_fast.cli.console import escaped, item_progress, out
 
 
 class OfficialModel(str, Enum):
@@ -43,4 +43,4 @@ def download(
             bar.update(task, completed=received, total=total)
 
         path = download_checkpoint(model.value, directory, progress=show)
-    out().print(str(path))
+    out().print(escaped(path))

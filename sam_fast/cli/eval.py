@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sam_fast.cli.console import item_progress, out, report_note
+from sam_fast.cli.console import escaped, item_progress, out, report_note
 from sam_fast.cli.model import (
     Backend,
     BackendOption,
@@ -127,11 +127,13 @@ def evaluate_command(
         source = open_source(data)
         built = [_build(method, sam) for method in chosen]
         table = _measure(source, data, built, settings, output, recompute, _command_line(context)) + table
+    if not table:
+        raise ValueError("none of the methods answers the prompts asked for")
     out().print(terminal_table(table))
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         (output / "table.md").write_text(markdown_table(table))
-        out().print(f"written to {output}")
+        out().print(f"written to {escaped(output)}")
 
 
 def parse_methods(methods: str, classical: bool) -> list[str]:

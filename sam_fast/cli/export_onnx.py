@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam_fast.cli.console import out
+from sam_fast.cli.console import escaped, out
 from sam_fast.cli.model import Checkpoint, ModelType, load_model
 
 
@@ -46,8 +46,8 @@ def export_onnx(
         use_stability_score=use_stability_score,
         return_extra_metrics=return_extra_metrics,
     )
-    out().print(str(output))
+    out().print(escaped(output))
     if quantize_out is not None:
         quantize_out.parent.mkdir(parents=True, exist_ok=True)
         quantize_onnx_model(output, quantize_out)
-        out().print(str(quantize_out))
+        out().print(escaped(quantize_out))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
 
-from sam_fast.cli.console import out, report_note
+from sam_fast.cli.console import escaped, out, report_note
 from sam_fast.cli.model import (
     Backend,
     BackendOption,
@@ -65,9 +66,11 @@ def predict(
     <image>.json (scores, boxes, COCO RLEs) and <image>_overlay.jpg with the best mask of each object.
     """
     prompts = parse_prompts(point or [], box or [], mask_input)
+    _check_folder(input, output)
 
     from sam_fast import SamPredictor
     from sam_fast.preprocess import read_image
+    from sam_fast.utils.overlay import save_picture
 
     image = read_image(input)
     device = choose_device(device)
@@ -80,7 +83,6 @@ def predict(
     output.mkdir(parents=True, exist_ok=True)
     records = _write(output, input.stem, masks, scores, logits if save_logits else None)
     best = masks[np.arange(len(masks)), scores.argmax(axis=1)]
-    _draw(image, best, prompts).save(output / f"{input.stem}_overlay.jpg", quality=92)
     document = {
         "image": input.name,
         "size": list(image.shape[:2]),
@@ -91,9 +93,28 @@ def predict(
         "masks": records,
     }
     (output / f"{input.stem}.json").write_text(json.dumps(document))
+    save_picture(_draw(image, best, prompts), output / f"{input.stem}_overlay.jpg")
     for record in records:
-        out().print(f"{record['file']}: predicted IoU {record['predicted_iou']:.3f}, {record['area']} pixels")
-    out().print(f"written to {output}")
+        out().print(f"{escaped(record['file'])}: predicted IoU {record['predicted_iou']:.3f}, {record['area']} pixels")
+    out().print(f"written to {escaped(output)}")
+
+
+def _check_folder(image: Path, output: Path) -> None:
+    """Results replace earlier ones, but nothing that may be the user's own.
+
+    Raises:
+        FileExistsError: `output` is the folder of the image, and a file there has a name of a result.
+    """
+    if output.resolve() != image.parent.resolve():
+        return
+    own = [
+        f"{image.stem}.json",
+        f"{image.stem}_overlay.jpg",
+        *(f.name for f in output.glob(f"{escape(image.stem)}_*.png")),
+    ]
+    for name in own:
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} exists beside the image; remove it, or choose another --output")
 
 
 def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) -> dict[str, Any]:
@@ -101,7 +122,7 @@ def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) 
 
     Raises:
         typer.BadParameter: a prompt cannot be read, there is none, or several boxes are combined with something else.
-        FileNotFoundError, ValueError: the mask file is missing or not an array of numbers [1,h,w].
+        FileNotFoundError, ValueError: the mask file is missing or not a .npy file of numbers [1,h,w].
     """
     if not points and not boxes and mask_input is None:
         raise typer.BadParameter("give at least one --point, --box or --mask-input")
@@ -114,7 +135,7 @@ def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) 
     frames = np.array([_numbers("--box", text, (4,)) for text in boxes])
     logits = None
     if mask_input is not None:
-        logits = np.load(mask_input, allow_pickle=False)
+        logits = _read_array(mask_input)
         if logits.ndim != 3 or len(logits) != 1 or logits.dtype.kind != "f":
             raise ValueError(f"{mask_input} must hold float logits [1,h,w], got {logits.dtype} {list(logits.shape)}")
     return {
@@ -123,6 +144,19 @@ def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) 
         "box": (frames[0] if len(frames) == 1 else frames) if boxes else None,
         "mask_input": logits,
     }
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """The array of a .npy file."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(f"{path} is not a readable .npy file: {' '.join(str(error).split())}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not a .npy file")
+    return array
 
 
 def _numbers(option: str, text: str, lengths: tuple[int, ...]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sam_fast.cli.model import Device
+from sam_fast.cli.model import Device, choose_device
 from sam_fast.cli.training_run import (
     Accumulate,
     BatchSize,
@@ -66,7 +66,10 @@ def pretrain(
         typer.Option("--lr", help="Peak learning rate.", show_default="1.5e-4 per 256 images of a step"),
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option("--warmup", help="Steps of linear warm-up.", show_default="5% of all")
+        int | None,
+        typer.Option(
+            "--warmup", help="Steps of linear warm-up.", show_default="5% of all; with --minutes at most 250 of them"
+        ),
     ] = None,
     weight_decay: WeightDecay = 0.05,
     clip: Clip = 0.0,
@@ -94,7 +97,9 @@ def pretrain(
     from sam_fast.training.pretraining import WEIGHTS, PretrainConfig, Pretrainer
 
     source = open_pictures(data)
-    with join_world(device) as world:
+    if warmup is None:
+        warmup = min(steps // 20, 250) if minutes else steps // 20
+    with join_world(choose_device(device)) as world:
         sam = build_model(model_type, image_size, checkpoint, seed).to(world.device)
         architecture = model_configs[model_type]
         config = PretrainConfig(
@@ -108,7 +113,7 @@ def pretrain(
             decoder_heads=architecture.num_heads if decoder_heads is None else decoder_heads,
             normalise_patches=normalise,
             lr=1.5e-4 * batch_size * accumulate * world.size / _BATCH_OF_PAPER if lr is None else lr,
-            warmup=steps // 20 if warmup is None else warmup,
+            warmup=warmup,
             weight_decay=weight_decay,
             clip=clip,
             ema=ema,

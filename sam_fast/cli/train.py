@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sam_fast.cli.model import Device
+from sam_fast.cli.model import Device, choose_device
 from sam_fast.cli.training_run import (
     Accumulate,
     BatchSize,
@@ -146,7 +146,7 @@ def train(
         workers=workers,
     )
     source = open_sources(data)
-    with join_world(device) as world:
+    with join_world(choose_device(device)) as world:
         model = build_model(model_type, image_size, checkpoint, seed).to(world.device)
         trainer = Trainer(model, source, config, output, world)
         run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sam_fast.cli.console import item_progress, out
+from sam_fast.cli.console import escaped, item_progress, out
 
 if TYPE_CHECKING:
     from sam_fast.modeling import Sam
@@ -45,7 +45,7 @@ Clip = Annotated[float, typer.Option("--clip", help="Limit of the gradient's nor
 Ema = Annotated[float, typer.Option("--ema", help="Decay of the average of the weights; 0 for none.")]
 TrainPrecisionOption = Annotated[TrainPrecision, typer.Option("--precision")]
 Flip = Annotated[bool, typer.Option("--flip/--no-flip", help="Mirror images at random.")]
-Seed = Annotated[int, typer.Option("--seed")]
+Seed = Annotated[int, typer.Option("--seed", min=0)]
 SaveEvery = Annotated[int, typer.Option("--save-every", help="Steps between checkpoints.")]
 LogEvery = Annotated[int, typer.Option("--log-every", help="Steps between rows of metrics.csv.")]
 PictureEvery = Annotated[int, typer.Option("--picture-every", help="Steps between pictures; 0: none.")]
@@ -71,7 +71,7 @@ def run_to_the_end(run: TrainingRun[Any, Any], max_minutes: float | None, weight
         done = run.run(max_minutes)
     if run.world.is_main:
         minutes = f" of {run.config.minutes:g}" if run.config.minutes else ""
-        out().print(f"{done} of {run.config.steps} steps, {run.seconds / 60:.1f}{minutes} minutes; {weights}")
+        out().print(f"{done} of {run.config.steps} steps, {run.seconds / 60:.1f}{minutes} minutes; {escaped(weights)}")
         if not run.finished:
             out().print("the same command goes on")
 

@@ -97,13 +97,17 @@ def _parse(content: Any, path: Path, include_crowd: bool) -> list[_Record]:
     records: dict[Any, _Record] = {}
     for image in content["images"]:
         try:
-            size = (image["height"], image["width"]) if {"height", "width"} <= image.keys() else None
-            identity, record = image["id"], _Record(image["file_name"], size, [])
+            height, width = image.get("height"), image.get("width")
+            size = None if height is None or width is None else (height, width)
+            identity, name = image["id"], image["file_name"]
+            is_second = identity in records
+            if not isinstance(name, str):
+                raise TypeError("a file name is text")
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{path}: an image has no "id" or "file_name": {str(image)[:200]}') from error
-        if identity in records:
+            raise ValueError(f'{path}: an image has no valid "id" or "file_name": {str(image)[:200]}') from error
+        if is_second:
             raise ValueError(f"{path}: two images have the id {identity}")
-        records[identity] = record
+        records[identity] = _Record(name, size, [])
     for annotation in content["annotations"]:
         try:
             segmentation = annotation.get("segmentation")
@@ -123,7 +127,7 @@ def _compact(segmentation: Any, where: str) -> Segmentation:
         return segmentation
     try:
         return [np.array(polygon, dtype=np.float64) for polygon in segmentation]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{where}: a segmentation is a list of lists of numbers or a run-length code") from error
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sam_fast.preprocess import read_image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
 
 _ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 
@@ -26,7 +25,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ValueError: it is not JSON.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)} is not readable JSON: {error}") from error
@@ -56,7 +55,9 @@ def read_annotated_image(
             image = read_image(path) if upright else read_image(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}, which {os.fspath(annotated_in)} describes, does not exist") from error
-    except UNREADABLE as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
         unreadable = f"{path} is not a readable image"
         said = str(error)  # by read_image, if the file was opened by it
         raise ValueError(said if said.startswith(unreadable) else f"{unreadable}: {said}") from error

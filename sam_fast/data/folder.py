@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
-from sam_fast.data.files import IMAGE_SUFFIXES, UNREADABLE, read_annotated_image
+from sam_fast.data.files import IMAGE_SUFFIXES, read_annotated_image
 from sam_fast.data.sample import Sample, choose_masks
 
 _MOST_LABELS = 10_000  # more values than this are those of a photo or of smoothed edges, not of objects
@@ -129,10 +129,11 @@ def _read_labels(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as file:
             mode, deep = file.mode, any("16" in str(tile[3]) for tile in file.tile)
+            transparent = _transparent_labels(file)
             pixels = np.asarray(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path} is not a readable image: {error}") from error
     if mode in ("RGB", "RGBA") and not deep:
         red, green, blue = (pixels[:, :, i].astype(np.int32) for i in range(3))
@@ -147,4 +148,22 @@ def _read_labels(path: Path) -> np.ndarray:
         )
     if mode in ("RGBA", "LA"):
         labels[pixels[:, :, -1] == 0] = 0
+    if transparent:
+        labels[np.isin(labels, transparent)] = 0
     return labels
+
+
+def _transparent_labels(file: ImageFile.ImageFile) -> list[int]:
+    """The palette indices, the gray or the colour that a PNG without alpha channel declares transparent (tRNS)."""
+    value = file.info.get("transparency")
+    if value is None:
+        return []
+    if isinstance(value, bytes):  # the alpha of the first indices
+        return [index for index, alpha in enumerate(value) if alpha == 0]
+    if isinstance(value, tuple):
+        red, green, blue = value
+        return [red << 16 | green << 8 | blue]
+    if file.mode == "1":
+        return [int(value != 0)]  # Pillow says 255 for 1
+    scale = {"L;2": 85, "L;4": 17}.get(str(file.tile[0][3]), 1)  # Pillow stretches gray of 2 and 4 bits to 255
+    return [value * scale]

@@ -45,7 +45,7 @@ def open_source(spec: str) -> SampleSource:
         ValueError: no accepted form, an unknown option, malformed data, or no sample left.
         FileNotFoundError: a file or folder that the spec names does not exist.
     """
-    place, _, options = spec.rpartition("#") if "#" in spec and not Path(spec).exists() else (spec, "", "")
+    place, _, options = spec.rpartition("#") if "#" in spec and not _exists(spec) else (spec, "", "")
     selections: list[tuple[str, str]] = []
     ignore: list[int] = []
     upright = False
@@ -121,6 +121,12 @@ def _open_scenes(details: str, spec: str) -> SampleSource:
         else:
             raise ValueError(f"unknown option {option!r} of scenes in {spec!r}; accepted are\n{DATA_FORMS}")
     return SceneSource(held_out=held_out, **arguments)
+
+
+def _exists(place: str) -> bool:
+    """Whether there is such a file or folder, or both of annotations.json:images."""
+    annotations, images = _divide_pair(place)
+    return Path(annotations).exists() and (not images or Path(images).exists())
 
 
 def _divide_pair(place: str) -> tuple[str, str]:

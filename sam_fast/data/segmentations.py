@@ -37,7 +37,7 @@ def decode_segmentations(
             bits = _decode(segmentation, size)
         except KeyError as error:
             raise ValueError(f"{label}: its run-length code has no {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{label}: {error}") from error
         if bits.any():
             masks.append(bits)

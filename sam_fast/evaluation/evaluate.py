@@ -139,7 +139,8 @@ def _measure_image(
 ) -> None:
     chosen = choose_masks(len(sample.masks), settings.objects_per_image, np.random.default_rng([settings.seed, index]))
     method.set_image(sample.image)
-    measured.digest.update(f"{sample.name} {sample.image.shape}".encode() + sample.image.tobytes())
+    name = sample.name.encode(errors="surrogateescape")  # a file's, which need not be UTF-8
+    measured.digest.update(name + f" {sample.image.shape}".encode() + sample.image.tobytes())
     for number in chosen.tolist():
         truth = sample.masks[number]
         measured.digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())

@@ -18,6 +18,7 @@ from sam_fast.modeling import Sam
 from sam_fast.ops.packed_masks import unpack_masks
 from sam_fast.ops.rle import decode_rle
 from sam_fast.predictor import SamPredictor
+from sam_fast.runtime.precision import resolve_precision
 
 CLICKS, BOX, EVERYTHING = "clicks", "box", "everything"
 
@@ -114,7 +115,12 @@ class SamMethod(Method):
         self.name = name
         self.predictor = SamPredictor(model, precision, backend)
         generator = dict(generator or {})
-        self.settings = {"weights": weights_digest(model), "generator": generator}
+        dtype = resolve_precision(precision, model.device)
+        self.settings = {
+            "weights": weights_digest(model),
+            "generator": generator,
+            "precision": str(dtype).removeprefix("torch."),
+        }
         self._generator = SamAutomaticMaskGenerator(
             model, **{**generator, "output_mode": "uncompressed_rle"}, precision=precision, backend=backend
         )

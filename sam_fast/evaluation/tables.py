@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from sam_fast.evaluation.results import Results
@@ -49,10 +50,10 @@ def heading(results: Sequence[Results]) -> str:
 def terminal_table(results: Sequence[Results]) -> Table:
     """The table for a rich console; see `comparison`."""
     methods, rows = comparison(results)
-    table = Table(title=heading(results), title_justify="left", title_style="bold")
+    table = Table(title=escape(heading(results)), title_justify="left", title_style="bold")
     table.add_column("mean IoU")
     for method in methods:
-        table.add_column(method, justify="right")
+        table.add_column(escape(method), justify="right")
     for label, cells in rows:
         table.add_row(label, *cells)
     return table

@@ -366,6 +366,37 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     return rel_pos[(q_positions - k_positions + (k_size - 1) * k_step).long()]
 
 
+def add_decomposed_rel_pos(
+    attn: Tensor,
+    q: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    q_size: tuple[int, int],
+    k_size: tuple[int, int],
+) -> Tensor:
+    """Add to attention scores what the relative positions of rows and of columns contribute, for scripts that call it.
+
+    out[y, x, v, u] = attn[y, x, v, u] + q[y, x] . R_h[y, v] + q[y, x] . R_w[x, u], with R of `get_rel_pos`.
+
+    Args:
+        attn: [B, qh*qw, kh*kw], scores before the softmax.
+        q: [B, qh*qw, C], queries.
+        rel_pos_h: [L, C], as `get_rel_pos` takes it, for rows.
+        rel_pos_w: [L, C], for columns.
+        q_size: (qh, qw), the grid of the queries.
+        k_size: (kh, kw), the grid of the keys.
+
+    Returns:
+        [B, qh*qw, kh*kw].
+    """
+    (q_height, q_width), (k_height, k_width) = q_size, k_size
+    grid = q.unflatten(1, q_size)  # [B, qh, qw, C]
+    by_row = torch.einsum("byxc,yvc->byxv", grid, get_rel_pos(q_height, k_height, rel_pos_h))
+    by_column = torch.einsum("byxc,xuc->byxu", grid, get_rel_pos(q_width, k_width, rel_pos_w))
+    scores = attn.unflatten(1, q_size).unflatten(-1, k_size)  # [B, qh, qw, kh, kw]
+    return (scores + by_row[..., :, None] + by_column[..., None, :]).reshape(attn.shape)
+
+
 def resize_relative_positions(rel_pos: Tensor, length: int) -> Tensor:
     """Interpolate relative positions [L, d] linearly to [length, d]."""
     if rel_pos.shape[0] == length:

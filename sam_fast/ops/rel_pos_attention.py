@@ -53,7 +53,7 @@ def rel_pos_attention(
     if rel_pos is not None:
         shapes, expected = [list(table.shape) for table in rel_pos], [[2 * side - 1, qkv.shape[5]] for side in window]
         if shapes != expected:
-            raise ValueError(f"relative positions must be {expected} for windows of {window}, got {shapes}")
+            raise ValueError(f"relative positions {shapes} do not fit windows of {window}, which need {expected}")
     scale = qkv.shape[5] ** -0.5 if scale is None else scale
     arguments = qkv, qkv_bias, *(rel_pos or (None, None)), *window, scale, backend
     if torch.compiler.is_compiling():

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset
 from sam_fast.data.sample import Sample, SampleSource
 from sam_fast.training.prompts import noised_box, random_point
 
-_ATTEMPTS = 20  # samples tried for one place of a batch: some have no object
+_SAMPLES = 1000  # tried for one place of a batch: many may have no object
+_LOOKS = 20  # at a sample that is shown again: what is cut out of it may have no object
 _SPREAD = 16  # batches between two that show the same samples
 _CANDIDATES = 8  # masks decoded per prompt: small ones vanish at the resolution of the logits, and regions need many
 
@@ -56,6 +57,11 @@ class TrainingBatch:
     def pin_memory(self) -> TrainingBatch:
         """The same batch in pinned memory; DataLoader calls it."""
         return TrainingBatch(*(getattr(self, field.name).pin_memory() for field in fields(self)))
+
+    def unshared(self) -> TrainingBatch:
+        """The same batch without the memory of a loader process, each tensor of which is an open file."""
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return TrainingBatch(*(tensor.clone() if tensor.is_shared() else tensor for tensor in tensors))
 
 
 @dataclass(frozen=True)
@@ -143,18 +149,18 @@ class TrainingBatches(Dataset[TrainingBatch]):
         """The fields of one image of each batch of a block; a sample without a usable object is replaced by another."""
         rng = np.random.default_rng((self.seed, 1, position))
         index = self._sample_index(position)
-        for _ in range(_ATTEMPTS):
+        for _ in range(_SAMPLES):
             sample = self.source.load(index, max_masks=_CANDIDATES * self.prompts, rng=rng)
             first = self._prepare(sample, rng)
             if first is not None:
                 return [first, *(self._again(sample, position, repeat) or first for repeat in range(1, self.repeats))]
             index = int(rng.integers(len(self.source)))
-        raise ValueError(f"no object in {_ATTEMPTS} samples drawn at random: is this data for training?")
+        raise ValueError(f"no object in {_SAMPLES} samples drawn at random: is this data for training?")
 
     def _again(self, sample: Sample, position: int, repeat: int) -> tuple[np.ndarray, ...] | None:
         """Another look at a sample; None if what is cut out of it has no object time and again."""
         rng = np.random.default_rng((self.seed, 1, position, repeat))
-        looks = (self._prepare(sample, rng) for _ in range(_ATTEMPTS))
+        looks = (self._prepare(sample, rng) for _ in range(_LOOKS))
         return next((look for look in looks if look is not None), None)
 
     def _prepare(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, ...] | None:
@@ -192,7 +198,7 @@ class Blocks(Dataset[list[TrainingBatch]]):
                 kept = []
             repeat, place = divmod(inside, _SPREAD)
             while len(kept) <= place:
-                kept.append(next(blocks))
+                kept.append([batch.unshared() for batch in next(blocks)])
             yield kept[place][repeat]
 
 
@@ -235,7 +241,7 @@ def prepare(
     pixels[:, :height, :width] = image.transpose(2, 0, 1)
     points = np.stack([random_point(padded[i], rng) for i in chosen])
     boxes = np.stack([noised_box(padded[i], side, rng) for i in chosen])
-    regions = number_regions(targets, (height // scale, width // scale))
+    regions = number_regions(targets, (-(-height // scale), -(-width // scale)))
     return pixels, np.array([height, width]), targets[chosen], points, boxes, regions
 
 

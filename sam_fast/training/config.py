@@ -27,7 +27,7 @@ class TrainConfig:
         weight_decay: of AdamW.
         betas: of AdamW.
         layer_decay: factor of the learning rate from each block of the encoder to the one before it.
-        drop_path: rate of the last block.
+        drop_path: rate of the last block of an encoder that is trained.
         clip: limit of the gradient's norm; 0 for none.
         ema: decay of the moving average of the weights, which is what is exported; 0 exports the weights themselves.
         loss_blend: steps over which the loss passes from cross entropy to focal, for training from nothing; 0 for none.
@@ -97,9 +97,11 @@ class TrainConfig:
             raise ValueError("grouping_steps need a grouping above 0, and an encoder that is trained")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
-        for name in ("box_share", "drop_path", "ema"):
+        for name in ("box_share", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and less than 1, got {self.drop_path}")
         if not 0 < self.jitter[0] <= self.jitter[1]:
             raise ValueError(f"jitter must be an ascending range of positive factors, got {self.jitter}")
         if self.schedule not in ("cosine", "linear", "step", "constant"):

@@ -42,7 +42,8 @@ class TrainingLog:
             writer = csv.DictWriter(file, list(row))
             if new:
                 writer.writeheader()
-            writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+            plain = {name: str(v) if isinstance(v, int) else f"{v:.6g}" for name, v in row.items()}
+            writer.writerow(plain)
         if self._board is not None:
             for name, value in row.items():
                 self._board.add_scalar(name, value, int(row["step"]))

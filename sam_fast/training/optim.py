@@ -63,24 +63,24 @@ def learning_rate(
     Linear warm-up over `warmup` steps, then one of: "cosine" to `final` * base at the last step; "linear" likewise;
     "step", the paper's, divided by 10 at 2/3 and again at 0.963 of all steps (60k and 86,666 of 90k); "constant".
     Of a run that ends by the clock, `elapsed` is the share of its time that is over: it counts where it is more than
-    the share of the steps.
+    the share of the steps, in the warm-up too.
 
     Raises:
         ValueError: unknown schedule.
     """
-    if step < warmup:
-        return base * (step + 1) / warmup
-    done = min(1.0, max(elapsed, (step - warmup) / max(1, steps - warmup)))
+    done = min(1.0, max(elapsed, (step - warmup) / max(1, steps - warmup), 0.0))
     if schedule == "cosine":
-        return base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
-    if schedule == "linear":
-        return base * (1 - (1 - final) * done)
-    if schedule == "step":
+        rate = base * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+    elif schedule == "linear":
+        rate = base * (1 - (1 - final) * done)
+    elif schedule == "step":
         done = max(elapsed, step / steps)
-        return base * 0.1 ** ((done >= 2 / 3) + (done >= 86_666 / 90_000))
-    if schedule == "constant":
-        return base
-    raise ValueError(f"schedule must be cosine, linear, step or constant, got {schedule!r}")
+        rate = base * 0.1 ** ((done >= 2 / 3) + (done >= 86_666 / 90_000))
+    elif schedule == "constant":
+        rate = base
+    else:
+        raise ValueError(f"schedule must be cosine, linear, step or constant, got {schedule!r}")
+    return rate * (step + 1) / warmup if step < warmup else rate
 
 
 def set_drop_path(encoder: ImageEncoderViT, rate: float) -> None:

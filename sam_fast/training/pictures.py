@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class PictureFolder:
             self.folder = self.folder / "images"
         found = (
             os.path.relpath(os.path.join(parent, name), self.folder)
-            for parent, _, names in os.walk(self.folder, followlinks=True)
+            for parent, names in _walk(self.folder)
             for name in names
             if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
         )
@@ -74,6 +74,20 @@ class PictureFolder:
         return Sample(
             image, np.zeros((len(choose_masks(0, max_masks, rng)), *image.shape[:2]), bool), self._names[index]
         )
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder in `root`, itself and linked ones included, with the names of its files."""
+    open_folders: dict[str, frozenset[tuple[int, int]]] = {}
+    for folder, inner, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        above = open_folders.get(os.path.dirname(folder), frozenset())
+        if identity in above:  # a link to a folder that holds it
+            inner.clear()
+            continue
+        open_folders[folder] = above | {identity}
+        yield folder, names
 
 
 class PictureBatches(Dataset[Tensor]):

@@ -116,7 +116,8 @@ class TrainingRun(ABC, Generic[Config, Batch]):
             world: the processes that train together; this one alone by default.
 
         Raises:
-            ValueError: the folder holds the checkpoint of a run with other settings, or of another model.
+            ValueError: the folder holds the checkpoint of a run with other settings, or of another model, or it is not
+                one folder for all processes.
         """
         self.model = model
         self.config = config
@@ -131,8 +132,7 @@ class TrainingRun(ABC, Generic[Config, Batch]):
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.average = MovingAverage(model, config.ema) if config.ema > 0 else None
-        if (self.output / CHECKPOINT).exists():
-            self._load(self.output / CHECKPOINT)
+        self._resume()
 
     # -- what a kind of run says
 
@@ -257,9 +257,24 @@ class TrainingRun(ABC, Generic[Config, Batch]):
                 "config": asdict(self.config),  # type: ignore[call-overload]
                 "world_size": self.world.size,
             }
-            replace_file(self.output / CHECKPOINT, lambda path: torch.save(state, path))
             self.export(self.model.state_dict() if self.average is None else self.average.state_dict())
+            # Last: of a run that is killed before, the steps since the old checkpoint are done again, and exported.
+            replace_file(self.output / CHECKPOINT, lambda path: torch.save(state, path))
         self.world.barrier()
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint, if there is one: all processes from the same, or none."""
+        step = -1  # of a process that cannot load
+        try:
+            if (self.output / CHECKPOINT).exists():
+                self._load(self.output / CHECKPOINT)
+            step = self.step
+        finally:  # the others wait here for this process's step, whatever became of it
+            differ = self.world.any(step != self.world.agree(step))
+        if differ:
+            raise ValueError(
+                f"the processes do not find the same checkpoint in {self.output}: it must be one folder for all of them"
+            )
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.world.device, weights_only=True)
@@ -301,6 +316,17 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     part.replace(path)
 
 
+def _said_by_a_process(text: str) -> str | None:
+    """The message in what DataLoader makes of a loader process's error: its traceback, which ends in type and message.
+
+    None if the text is not such a traceback.
+    """
+    if not text.startswith("Caught "):
+        return None
+    last = text.rstrip().rpartition("\n")[2]
+    return last.partition(": ")[2] or last
+
+
 class _Meter:
     """Averages what is logged over `log_every` steps, without a synchronisation in between."""
 
@@ -317,9 +343,19 @@ class _Meter:
         self.waited = 0.0
 
     def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        """The next batch; the time that it takes is noted."""
+        """The next batch; the time that it takes is noted.
+
+        Raises:
+            ValueError: the data is at fault.
+        """
         started = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (ValueError, OSError) as error:
+            said = _said_by_a_process(str(error))
+            if said is None:
+                raise
+            raise ValueError(said) from error
         self.waited += time.perf_counter() - started
         return batch
 

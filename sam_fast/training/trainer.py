@@ -50,7 +50,7 @@ class Trainer(TrainingRun[TrainConfig, TrainingBatch]):
             ValueError: the folder holds the checkpoint of a run with other settings, or of another model.
         """
         model.image_encoder.requires_grad_(not config.freeze_encoder)
-        set_drop_path(model.image_encoder, config.drop_path)
+        set_drop_path(model.image_encoder, 0.0 if config.freeze_encoder else config.drop_path)
         super().__init__(model, model.image_encoder, config, output, world)
         self.sam = model
         self._source = source

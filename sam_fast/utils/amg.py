@@ -42,7 +42,7 @@ class MaskData:
 
     def filter(self, keep: torch.Tensor) -> None:
         """Keep, in place, the rows that `keep` selects: a bool tensor [N] or int indices [K], on any device."""
-        keep = torch.as_tensor(keep).detach()
+        keep = keep.detach() if isinstance(keep, torch.Tensor) else torch.as_tensor(keep, device="cpu")
         # Indices once, not once per field: on a GPU the host waits to learn how many there are. And torch.tensor([]) is
         # a float tensor, yet means "none".
         rows = keep.nonzero()[:, 0] if keep.dtype == torch.bool else keep.long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sam_fast.utils.amg import rle_to_mask
 
 _GOLDEN_ANGLE = 137.50776  # degrees; successive multiples never come close to one another
 _FOREGROUND, _BACKGROUND, _BOX = (48, 209, 88), (255, 69, 58), (255, 214, 10)
+_LONGEST_SIDE = 65_500  # pixels, of a JPEG
 _FILM_LIGHTNESS, _LINE_LIGHTNESS = (0.72, 0.62, 0.80), 0.93
 
 
@@ -118,7 +120,9 @@ def draw_prompts(
         raise ValueError(f"boxes must be [N, 4], got {frames.shape}")
     thickness = line_width(canvas.height, canvas.width)
     draw = ImageDraw.Draw(canvas)
-    for x0, y0, x1, y1 in frames:
+    beyond = thickness + 4  # lines there are not seen; Pillow draws them all the same, pixel by pixel
+    largest = np.array([canvas.width, canvas.height, canvas.width, canvas.height]) + beyond
+    for x0, y0, x1, y1 in np.clip(frames, -beyond, largest):
         x0, x1 = sorted((x0, x1))
         y0, y1 = sorted((y0, y1))
         # A dark casing keeps the line readable on any ground.
@@ -135,6 +139,14 @@ def beside(left: Image.Image, right: Image.Image, gap: int = 12) -> Image.Image:
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width + gap, 0))
     return sheet
+
+
+def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Write a picture as a JPEG, made smaller first where one side is longer than a JPEG's can be."""
+    if max(picture.size) > _LONGEST_SIDE:
+        picture = picture.copy()
+        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    picture.save(path, quality=92)
 
 
 def line_width(height: int, width: int) -> int:
@@ -180,10 +192,10 @@ def _eroded(mask: np.ndarray, window: tuple[slice, slice], radius: int) -> np.nd
 
 def _stamp(canvas: Image.Image, x: float, y: float, radius: float, *, positive: bool) -> None:
     """Paste a round antialiased marker with a white rim and a plus or minus, centred on pixel position (x, y)."""
-    if not (np.isfinite(x) and np.isfinite(y)):
-        return
     rim = 0.28 * radius
     reach = int(np.ceil(radius + rim)) + 1
+    if not (-reach <= x <= canvas.width + reach and -reach <= y <= canvas.height + reach):  # also for NaN
+        return
     left, top = int(np.floor(x)) - reach, int(np.floor(y)) - reach
     dy, dx = np.mgrid[0 : 2 * reach + 1, 0 : 2 * reach + 1].astype(np.float64)
     dx += left - x

@@ -17,6 +17,7 @@ from torch import nn
 
 import sam_fast
 from sam_fast import SamAutomaticMaskGenerator
+from sam_fast.cli.amg import find_images
 from sam_fast.modeling import Sam
 
 HEADER = "id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,predicted_iou,stability_score,"
@@ -99,6 +100,13 @@ def test_overlay_has_the_images_size(
     assert np.abs(drawn - image).mean() > 5  # something was drawn
 
 
+def test_overlay_of_an_image_too_long_for_a_jpeg(cli: Any, tmp_path: Path, model_flags: tuple) -> None:
+    Image.new("RGB", (70_000, 4)).save(tmp_path / "long.png")
+    flags = ("--points-per-side", 1, "--convert-to-rle", "--overlay")
+    cli("amg", "--input", tmp_path / "long.png", "--output", tmp_path / "out", *model_flags, *flags)
+    assert Image.open(tmp_path / "out" / "long_overlay.jpg").size == (65_500, 4)
+
+
 def test_unreadable_images_are_reported_and_the_others_done(
     cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple
 ) -> None:
@@ -107,11 +115,12 @@ def test_unreadable_images_are_reported_and_the_others_done(
     shutil.copy(pictures / "tall.png", folder)
     (folder / "broken.png").write_bytes((pictures / "wide.png").read_bytes()[:200])
     (folder / "notes.txt").write_text("not an image")
+    (folder / "notes.pdf").write_text("not an image")
     (folder / ".hidden.png").write_text("not an image either")
     text = cli("amg", "--input", folder, "--output", tmp_path / "out", *model_flags, *SETTINGS_FLAGS, expect=1)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
     assert "broken.png" in text
-    assert "1 image in" in text and "1 unreadable" in text and "1 other file ignored" in text
+    assert "1 image in" in text and "1 unreadable" in text and "2 other files ignored" in text
 
 
 def test_existing_results_are_replaced_on_request_only(
@@ -128,6 +137,27 @@ def test_existing_results_are_replaced_on_request_only(
     names = {path.name for path in old.iterdir()}
     assert {"0.png", "metadata.csv", "mine.png"} <= names
     assert "999.png" not in names
+
+
+def test_existing_json_is_replaced_on_request_only(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple
+) -> None:
+    (tmp_path / "tall.json").write_text("the truth")
+    flags = ("amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *SETTINGS_FLAGS)
+    assert "--overwrite" in cli(*flags, "--convert-to-rle", expect=1)
+    assert (tmp_path / "tall.json").read_text() == "the truth"
+    cli(*flags, "--convert-to-rle", "--overwrite")
+    assert json.loads((tmp_path / "tall.json").read_text())
+    cli(*flags)  # a folder of masks is no JSON
+
+
+def test_formats_that_cannot_be_read_are_no_images(tmp_path: Path) -> None:
+    names = ("a.png", "b.mpo", "c.pdf", "d.palm", "e.mpg", "f.h5", "g.grib", "h.bufr", "i.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    images, ignored = find_images(tmp_path)
+    assert [image.name for image in images] == ["a.png", "b.mpo"]
+    assert ignored == len(names) - 2
 
 
 def test_images_of_one_name_are_refused(cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple) -> None:

@@ -44,6 +44,12 @@ def test_another_image_size(cli: Any, tmp_path: Path, tiny_checkpoint: Path) -> 
     assert safetensors.torch.load_file(target)["image_encoder.pos_embed"].shape == (1, 8, 8, 128)
 
 
+def test_a_target_that_cannot_be_written_is_named(cli: Any, tmp_path: Path, tiny_checkpoint: Path) -> None:
+    text = cli("convert", tiny_checkpoint, tmp_path, "--model-type", "tiny", expect=1)
+    assert f"{tmp_path} could not be written" in text
+    assert len(text.splitlines()) == 1
+
+
 def test_bad_input(cli: Any, tmp_path: Path, tiny_checkpoint: Path) -> None:
     target = tmp_path / "x.safetensors"
     assert "--model-type must be one of" in cli("convert", tiny_checkpoint, target, "--model-type", "vit_x", expect=1)

@@ -73,6 +73,9 @@ def test_methods_one_after_the_other(cli: Any, scenes: Path, tmp_path: Path, mod
     assert "mine is from" in again
     assert joint.splitlines() == again.splitlines()[1:-1]  # less the note and where it was written to
     assert "| mean IoU | mine | grabcut |" in (tmp_path / "b" / "table.md").read_text()
+    for precision, kept in (("fp32", True), ("int8", False)):  # auto is fp32 on a CPU
+        flags = ("--name", "mine", "--output", tmp_path / "b", "--precision", precision, "--device", "cpu")
+        assert ("mine is from" in cli("eval", *shared, *model_flags, *flags)) == kept
 
 
 def test_results_are_measured_again(cli: Any, scenes: Path, tmp_path: Path) -> None:
@@ -101,9 +104,10 @@ def test_methods_without_an_answer_are_left_out(cli: Any, scenes: Path) -> None:
         (("--data", "{scenes}", "--methods", "sam,magic"), 2, "'sam,magic'"),
         (("--data", "{scenes}", "--model-type", "tiny"), 1, "tiny needs --checkpoint"),
         (("--data", "{scenes}", "--no-clicks", "--no-box"), 1, "clicks, box and everything"),
+        (("--data", "{scenes}", "--methods", "grabcut", "--no-box"), 1, "none of the methods answers the prompts"),
         (("nothing.json",), 1, "nothing.json"),
     ],
-    ids=["nothing", "data", "methods", "checkpoint", "prompts", "results"],
+    ids=["nothing", "data", "methods", "checkpoint", "prompts", "answers", "results"],
 )
 def test_errors(cli: Any, scenes: Path, flags: tuple[str, ...], status: int, message: str) -> None:
     assert message in cli("eval", *(flag.format(scenes=scenes) for flag in flags), expect=status)

@@ -112,6 +112,27 @@ def test_mask_input_refines_an_earlier_prediction(
     np.testing.assert_array_equal(read(tmp_path / "out")[1], expected)
 
 
+def test_a_picture_too_long_for_a_jpeg_is_made_smaller(cli: Any, flags: tuple, tmp_path: Path) -> None:
+    Image.new("RGB", (70_000, 4)).save(tmp_path / "long.png")
+    cli(*flags[:2], tmp_path / "long.png", *flags[3:], "--point", "1e10,2", "--single")
+    assert json.loads((tmp_path / "out" / "long.json").read_text())["size"] == [4, 70_000]
+    assert Image.open(tmp_path / "out" / "long_overlay.jpg").size == (65_500, 4)
+
+
+def test_files_beside_the_image_are_not_replaced(cli: Any, flags: tuple, tmp_path: Path) -> None:
+    folder = tmp_path / "sequence"
+    folder.mkdir()
+    for name in ("f.png", "f_0.png"):
+        Image.new("L", (9, 8), 77).save(folder / name)
+    line = ("predict", "--input", folder / "f.png", "--output", folder / ".." / "sequence", *flags[5:])
+    assert "f_0.png exists beside the image" in cli(*line, "--point", "5,2", expect=1)
+    assert Image.open(folder / "f_0.png").getextrema() == (77, 77)
+    assert len(list(folder.iterdir())) == 2
+    (folder / "f_0.png").rename(folder / "g_0.png")
+    cli(*line, "--point", "5,2")
+    assert (folder / "f_0.png").exists() and (folder / "f.json").exists()
+
+
 class TestEmbedding:
     """--embedding: encode once, and never answer about another image or model."""
 
@@ -202,3 +223,17 @@ def test_mask_file_of_wrong_content(cli: Any, flags: tuple, tmp_path: Path) -> N
     assert "h = w = 64" in cli(*flags, "--mask-input", tmp_path / "small.npy", expect=1)
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "allow_pickle=False" in cli(*flags, "--mask-input", tmp_path / "object.npy", expect=1)
+
+
+@pytest.mark.parametrize("content", ["archive", "damaged archive", "empty", "truncated"])
+def test_unreadable_mask_files_are_named(cli: Any, flags: tuple, tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mask.npy"
+    with open(path, "wb") as file:
+        np.savez(file, np.zeros(3)) if content == "archive" else np.save(file, np.zeros((1, 64, 64), np.float32))
+    if content == "damaged archive":
+        path.write_bytes(b"PK\x03\x04 and no more")
+    elif content in ("empty", "truncated"):
+        path.write_bytes(path.read_bytes()[: 0 if content == "empty" else 300])
+    text = cli(*flags, "--mask-input", path, expect=1)
+    assert str(path) in text and ".npy file" in text
+    assert len(text.splitlines()) == 1

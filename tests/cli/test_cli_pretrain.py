@@ -46,7 +46,15 @@ def test_time_is_up_and_the_same_command_goes_on(cli: Any, flags: tuple[Any, ...
     assert "mask_ratio 0.75 there, 0.6 now" in cli(*arguments, "--mask-ratio", 0.6, expect=1)
 
 
+def test_the_warmup_of_a_run_by_the_clock_is_short(cli: Any, flags: tuple[Any, ...], tmp_path: Path) -> None:
+    cli("pretrain", *flags, "--minutes", 9, "--max-minutes", 0, "--lr", 1, "--output", tmp_path)
+    (row,) = csv.DictReader((tmp_path / "metrics.csv").open())
+    assert float(row["learning_rate"]) == pytest.approx(1 / 250)
+
+
 def test_errors_name_what_is_wrong(cli: Any, flags: tuple[Any, ...], tmp_path: Path) -> None:
+    text = cli("pretrain", *flags, "--device", "cuda:99", "--output", tmp_path, expect=1)
+    assert "--device cuda:99: torch" in text
     text = cli("pretrain", *flags, "--model-type", "vit_x", "--output", tmp_path, expect=1)
     assert "--model-type must be one of" in text
     (tmp_path / "empty").mkdir()

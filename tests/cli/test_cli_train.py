@@ -86,13 +86,15 @@ def test_several_sources(cli: Any, tmp_path: Path, coco: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "status", "message"),
     [
-        (("--model-type", "vit_x", "--data", "scenes"), "--model-type must be one of"),
-        (("--model-type", "small", "--data", "nowhere.json"), "nowhere.json"),
-        (("--model-type", "small", "--data", "scenes", "--steps", 0), "steps must be at least 1"),
-        (("--model-type", "small", "--data", "scenes", "--checkpoint", "missing.pth"), "missing.pth"),
+        (("--model-type", "vit_x", "--data", "scenes"), 1, "--model-type must be one of"),
+        (("--model-type", "small", "--data", "nowhere.json"), 1, "nowhere.json"),
+        (("--model-type", "small", "--data", "scenes", "--steps", 0), 1, "steps must be at least 1"),
+        (("--model-type", "small", "--data", "scenes", "--checkpoint", "missing.pth"), 1, "missing.pth"),
+        (("--model-type", "small", "--data", "scenes", "--device", "cuda:99"), 1, "--device cuda:99: torch"),
+        (("--model-type", "small", "--data", "scenes", "--seed", -1), 2, "--seed"),
     ],
 )
-def test_bad_input(cli: Any, tmp_path: Path, flags: tuple[object, ...], message: str) -> None:
-    assert message in cli("train", "--output", tmp_path, "--device", "cpu", *flags, expect=1)
+def test_bad_input(cli: Any, tmp_path: Path, flags: tuple[object, ...], status: int, message: str) -> None:
+    assert message in cli("train", "--output", tmp_path, "--device", "cpu", *flags, expect=status)

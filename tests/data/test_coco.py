@@ -182,6 +182,15 @@ def test_another_size_than_annotated_is_refused(data: Path) -> None:
         CocoSource(data, data.parent).load(1)
 
 
+def test_a_byte_order_mark_and_sizes_of_null_are_read(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    path = write_coco(tmp_path / "a.json", {"a.png": [SEGMENTATIONS["string"]]})
+    content = json.loads(path.read_text())
+    content["images"][0]["height"] = None
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert CocoSource(path, tmp_path).load(0).masks.shape == (1, HEIGHT, WIDTH)
+
+
 def test_a_code_of_another_size_is_refused(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     path = write_coco(tmp_path / "a.json", {"a.png": [{"size": [3, 4], "counts": [12]}]})
@@ -227,10 +236,17 @@ TRIANGLE = [[1, 1, 9, 1, 9, 9]]
         ('{"images": []}', "not a COCO file"),
         ({"images": [], "annotations": []}, "no segmentations of its 0 images"),
         ({"images": [{"id": 1}], "annotations": []}, '"file_name"'),
+        ({"images": [{**IMAGE, "id": [1]}], "annotations": []}, 'no valid "id"'),
+        ({"images": [{**IMAGE, "file_name": 5}], "annotations": []}, '"file_name"'),
+        ({"images": [{**IMAGE, "file_name": None}], "annotations": []}, '"file_name"'),
         ({"images": [IMAGE, IMAGE], "annotations": []}, "two images have the id 1"),
         ({"images": [IMAGE], "annotations": [{"image_id": 2, "segmentation": TRIANGLE}]}, "belongs to no image"),
         ({"images": [IMAGE], "annotations": [{"id": 7, "image_id": 1, "segmentation": ["x"]}]}, "annotation 7: "),
         ({"images": [IMAGE], "annotations": [{"id": 7, "image_id": 1, "segmentation": [[1, 2, 3]]}]}, "x0, y0"),
+        (
+            {"images": [IMAGE], "annotations": [{"id": 7, "image_id": 1, "segmentation": [[10**400] * 6]}]},
+            "annotation 7",
+        ),
         ({"images": [IMAGE], "annotations": [{"image_id": 1, "segmentation": {"size": [37, 53]}}]}, "no 'counts'"),
         ({"images": [IMAGE], "annotations": [{"image_id": 1, "segmentation": "abc"}]}, "annotation without id: "),
     ],

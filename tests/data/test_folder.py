@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sam_fast.data.folder import MaskFolderSource
 
@@ -59,11 +59,12 @@ def test_label_maps_of_values(folder: Path, form: str) -> None:
         scale = 257  # no two labels agree in their low or high byte alone
         Image.fromarray(LABELS.astype(np.uint16) * np.uint16(scale)).save(path)
     sample = MaskFolderSource(folder).load(0)
-    np.testing.assert_array_equal(sample.masks, masks_of(LABELS, [1, 2, 7, 255]))
+    shown = [2, 7, 255] if form.startswith("transparent") else [1, 2, 7, 255]
+    np.testing.assert_array_equal(sample.masks, masks_of(LABELS, shown))
     np.testing.assert_array_equal(sample.image, np.asarray(Image.open(folder / "images" / "cup.jpg")))
     assert sample.name == "cup.jpg" and sample.masks.dtype == bool
     ignored = MaskFolderSource(folder, ignore=[255 * scale, 2 * scale]).load(0)
-    np.testing.assert_array_equal(ignored.masks, masks_of(LABELS, [1, 7]))
+    np.testing.assert_array_equal(ignored.masks, masks_of(LABELS, [v for v in shown if v in (1, 7)]))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -93,6 +94,31 @@ def test_label_maps_of_colours(folder: Path) -> None:
 def test_transparent_pixels_of_gray_label_maps(folder: Path) -> None:
     with_alpha(Image.fromarray(LABELS)).save(folder / "masks" / "cup.png")
     np.testing.assert_array_equal(MaskFolderSource(folder).load(0).masks, masks_of(LABELS, [1, 2, 255]))
+
+
+@pytest.mark.parametrize("form", ["alphas", "gray", "16 bits", "colour"])
+def test_pixels_that_a_png_declares_transparent(folder: Path, form: str) -> None:
+    """A tRNS chunk instead of an alpha channel: 2 is transparent, and of a palette 1 half so."""
+    path = folder / "masks" / "cup.png"
+    if form == "alphas":
+        image = Image.fromarray(LABELS).convert("P")
+        image.putpalette([9, 9, 9] * 256)
+        image.save(path, transparency=bytes([255, 128, 0]))
+    elif form == "gray":
+        Image.fromarray(LABELS).save(path, transparency=2)
+    elif form == "16 bits":
+        Image.fromarray(LABELS.astype(np.uint16) * np.uint16(257)).save(path, transparency=2 * 257)
+    else:
+        Image.fromarray(LABELS).convert("RGB").save(path, transparency=(2, 2, 2))
+    np.testing.assert_array_equal(MaskFolderSource(folder).load(0).masks, masks_of(LABELS, [1, 7, 255]))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_transparent_gray_of_few_bits(folder: Path, bits: int) -> None:
+    labels = np.random.default_rng(1).integers(0, 2**bits, (HEIGHT, WIDTH))
+    (folder / "masks" / "cup.png").write_bytes(gray_png(labels, bits, transparent=1))
+    levels = np.unique(labels)[2:]
+    np.testing.assert_array_equal(MaskFolderSource(folder).load(0).masks, labels == levels[:, None, None])
 
 
 def test_one_file_per_mask(folder: Path) -> None:
@@ -145,15 +171,25 @@ def test_images_with_masks_sorted_by_name(folder: Path) -> None:
     assert source.load(2).name == "cup.jpg"
 
 
+def png(bits: int, colour_type: int, rows: bytes, *more: tuple[bytes, bytes]) -> bytes:
+    """A PNG of a kind that Pillow cannot write; `rows` are unfiltered, each behind a 0."""
+    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, bits, colour_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), *more, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
 def deep_rgb_png() -> bytes:
-    """An RGB PNG of 16 bits per channel, which Pillow cannot write."""
+    """RGB of 16 bits per channel."""
+    return png(16, 2, (b"\0" + bytes(6 * WIDTH)) * HEIGHT)
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
-    rows = (b"\0" + bytes(6 * WIDTH)) * HEIGHT
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def gray_png(labels: np.ndarray, bits: int, transparent: int) -> bytes:
+    """Gray of 1, 2 or 4 bits, one level of it transparent."""
+    digits = (labels[:, :, None] >> np.arange(bits)[::-1]) & 1  # [H, W, bits], the highest first
+    rows = np.packbits(digits.reshape(HEIGHT, -1).astype(np.uint8), axis=1)
+    return png(bits, 0, b"".join(b"\0" + row.tobytes() for row in rows), (b"tRNS", struct.pack(">H", transparent)))
 
 
 def test_colours_of_16_bits_are_refused(folder: Path) -> None:
@@ -175,6 +211,21 @@ def test_corrupt_masks_are_named(folder: Path, damage: str) -> None:
     Image.fromarray(LABELS).save(path)
     path.write_bytes(b"text" if damage == "not an image" else path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"masks/cup\.png is not a readable image"):
+        MaskFolderSource(folder).load(0)
+
+
+@pytest.mark.parametrize("place", ["masks/cup.png", "images/cup.jpg"])
+def test_whatever_a_decoder_raises_names_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    Image.fromarray(LABELS).save(folder / "masks" / "cup.png")
+    load = ImageFile.ImageFile.load
+
+    def fail(self: ImageFile.ImageFile) -> object:
+        if str(self.filename).endswith(place):
+            raise RuntimeError("failed to decode")
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(ValueError, match=f"{place} is not a readable image: failed to decode"):
         MaskFolderSource(folder).load(0)
 
 

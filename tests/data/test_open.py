@@ -98,6 +98,12 @@ def test_names_with_separators_in_them(tmp_path: Path) -> None:
     path = write_coco(tmp_path / "c:d.json", {"a.png": [TRIANGLE]})
     write_image(tmp_path / "e:f" / "a.png")
     assert len(open_source(f"{path}:{tmp_path / 'e:f'}")) == 1
+    path = write_coco(tmp_path / "my#folder" / "c.json", {"a.png": [TRIANGLE], "b.png": [TRIANGLE]})
+    for name in ("a.png", "b.png"):
+        write_image(tmp_path / "my#folder" / "pictures" / name)
+    pair = f"{path}:{tmp_path / 'my#folder' / 'pictures'}"
+    assert len(open_source(pair)) == 2
+    assert len(open_source(f"{pair}#first=1")) == 1
 
 
 def test_options_select_in_the_order_written(tmp_path: Path) -> None:

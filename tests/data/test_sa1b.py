@@ -153,6 +153,7 @@ def test_a_folder_without_pairs_is_refused(tmp_path: Path) -> None:
         ('{"annotations": [7]}', 'an annotation has no "segmentation"'),
         ('{"annotations": [{"segmentation": {"counts": "1"}}]}', "annotation 0: its run-length code has no 'size'"),
         ('{"annotations": [{"segmentation": 7}]}', "annotation 0: it must be a list of polygons"),
+        (f'{{"annotations": [{{"segmentation": [[1, 1, 5, 1, 5, {10**400}]]}}]}}', "annotation 0: "),
         ('{"image": {"height": 1, "width": 2}, "annotations": []}', f"{HEIGHT} x {WIDTH} .* about 1 x 2"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from sam_fast.evaluation.evaluate import EvaluationSettings, evaluate
 from sam_fast.evaluation.methods import SamMethod, weights_digest
 from sam_fast.evaluation.metrics import mask_iou
 from sam_fast.evaluation.protocol import next_click, tight_box
+from sam_fast.evaluation.results import Results
 from sam_fast.modeling import Sam
 
 ALL = EvaluationSettings(prompts=("clicks", "box", "everything"), objects_per_image=None)
@@ -87,6 +90,16 @@ def test_digest_tells_images_apart() -> None:
 
     digests = {evaluate(source, Knowing(source)).digest for source in (Drawings(), Brighter(), Brighter())}
     assert len(digests) == 2
+
+
+def test_names_need_not_be_utf8(tmp_path: Path) -> None:
+    class Latin(Drawings):
+        def load(self, index: int, **options: Any) -> Sample:
+            return replace(super().load(index, **options), name=os.fsdecode(b"caf\xe9.jpg"))
+
+    results = evaluate(Latin(2), Knowing(Drawings(2)))
+    results.save(tmp_path / "a.json")
+    assert os.fsencode(Results.load(tmp_path / "a.json").objects[0]["image"]) == b"caf\xe9.jpg"
 
 
 @pytest.mark.parametrize(

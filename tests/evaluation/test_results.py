@@ -101,6 +101,13 @@ def test_tables_hold_the_same_cells(results: Results) -> None:
     assert [cell.strip() for cell in line.strip("│").split("│")] == ["box", "1.000", "0.250"]
 
 
+def test_names_in_tables_are_no_markup(results: Results) -> None:
+    named = replace(results, method="sam[/b]", protocol={**results.protocol, "data": "val[bold].json"})
+    screen = io.StringIO()
+    Console(file=screen, width=100).print(terminal_table([named]))
+    assert "sam[/b]" in screen.getvalue() and "val[bold].json" in screen.getvalue()
+
+
 def test_different_objects_are_not_compared(results: Results) -> None:
     with pytest.raises(ValueError, match=r"not about the same objects.*knowing: 3 objects of 4 images"):
         comparison([results, replace(results, digest="0")])

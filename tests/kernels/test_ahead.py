@@ -15,6 +15,9 @@ from ahead import ARCHITECTURES, FILES
 MOST_STACK_ON_80 = 256
 ABSENT = {("quantise", 80)}  # the format is of sm_89 and later
 MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_OF_86 = 99 * 1024
+# What `sam_fast.ops.two_way_attention` asks of Triton only where there is as much as on sm_80.
+LARGE = {f"{way} 128 {dtype}" for way in ("absorbed", "projected") for dtype in ("bf16", "fp16")}
 
 
 @pytest.fixture(scope="module")
@@ -39,4 +42,5 @@ def test_compiles(compiled, file, architecture):
             assert row["stack"] == 0 and row["spills"] == 0, row
             assert not row["expects_wgmma"] or row["wgmma"] > 0, row
         assert row["stack"] <= MOST_STACK_ON_80, row
-        assert row["shared"] <= MOST_SHARED[architecture], row
+        small = architecture == 80 and row["variant"] not in LARGE  # sm_86 and sm_89 are launched likewise
+        assert row["shared"] <= (SHARED_OF_86 if small else MOST_SHARED[architecture]), row

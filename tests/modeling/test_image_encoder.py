@@ -118,6 +118,19 @@ def test_relative_positions_equal_official(q_size, k_size, length):
     assert torch.equal(code.get_rel_pos(q_size, k_size, table), expected)
 
 
+@pytest.mark.parametrize("q_size, k_size", [((3, 5), (3, 5)), ((4, 2), (2, 6)), ((1, 1), (7, 3))], ids=str)
+def test_decomposed_relative_positions_equal_official(q_size, k_size):
+    rows, columns = torch.randn(9, 8), torch.randn(11, 8)
+    attn = torch.randn(2, q_size[0] * q_size[1], k_size[0] * k_size[1])
+    q = torch.randn(2, q_size[0] * q_size[1], 8)
+    arguments = (attn, q, rows, columns, q_size, k_size)
+    before = attn.clone()
+    torch.testing.assert_close(
+        code.add_decomposed_rel_pos(*arguments), official_code.add_decomposed_rel_pos(*arguments)
+    )
+    assert torch.equal(attn, before)
+
+
 def test_convolutional_stem():
     torch.manual_seed(0)
     stem = code.ConvStem(16, 3, (8, 12, 16), 24)

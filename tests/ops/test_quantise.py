@@ -37,6 +37,15 @@ def test_each_row_keeps_its_precision(shape, gelu, dtype, backend):
         assert error <= (0.09 if cut_off else 0.04)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_may_lie_anyhow(backend):
+    x = rows_of((48, 32), torch.float32)
+    expected = quantise(x, backend=backend)
+    for other in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, :32]):
+        y, scales = quantise(other, backend=backend)
+        assert torch.equal(y.float(), expected[0].float()) and torch.equal(scales, expected[1])
+
+
 def test_triton_has_the_scales_of_the_reference():
     x = rows_of((5, 500), torch.float32)
     (y, scales), (expected, expected_scales) = (quantise(x, backend=backend) for backend in BACKENDS)

@@ -194,6 +194,11 @@ def test_bad_input():
         rel_pos_attention(qkv[0], bias, rel_pos, (8, 8))
     with pytest.raises(ValueError, match="do not fit"):
         rel_pos_attention(qkv, bias, rel_pos, (7, 8))
+    for backend in ("native", "triton", "torch"):
+        for width in (1, 2 * qkv.shape[5]):
+            with pytest.raises(ValueError, match="do not fit"):
+                tables = tuple(table[:, :1].repeat(1, width) for table in rel_pos)
+                rel_pos_attention(qkv, None, tables, (8, 8), backend=backend)
     with pytest.raises(ValueError, match="float32"):
         rel_pos_attention(qkv.double(), bias.double(), None, (8, 8), backend="native")
     with pytest.raises(ValueError, match="wrong size"):

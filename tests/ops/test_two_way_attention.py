@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from oracle import relative_error
@@ -10,6 +13,7 @@ from torch import Tensor
 from sam_fast.modeling.transformer import Attention
 from sam_fast.ops.two_way_attention import Write, two_way_attention, two_way_attention_reference
 
+two_way = sys.modules[Write.__module__]  # whose name in the package is that of its function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
 
@@ -180,6 +184,20 @@ def test_bad_input_of_triton():
         run(image, pe, write, queries[:1])
     with pytest.raises(ValueError, match="prompts"):
         run(image.repeat(3, 1, 1), pe, write, queries)
+
+
+def test_auto_leaves_many_rows_to_pytorch_where_shared_memory_is_small(monkeypatch):
+    """More than 8 tokens in half precision, on GPUs with 99 KiB a program; 163 KiB and float32 take all 16."""
+    sizes = {"small": 99 * 1024, "large": 163 * 1024}
+    monkeypatch.setattr(two_way, "_shared_memory", sizes.__getitem__)
+    for device, dtype, rows in [
+        ("small", torch.bfloat16, 64),
+        ("small", torch.float32, 128),
+        ("large", torch.bfloat16, 128),
+    ]:
+        image = SimpleNamespace(is_cuda=True, device=device, dtype=dtype)
+        assert two_way._triton_rows(image) == rows
+    assert two_way._triton_rows(torch.zeros(1, 4, 32)) == 128
 
 
 @pytest.mark.parametrize("backend", ["native", "triton"])

@@ -73,6 +73,15 @@ def test_repeats_show_the_same_samples_far_apart():
         assert all(equal(a, b) for a, (_, b) in zip(found, shown[start:], strict=True))
 
 
+def test_batches_that_are_kept_are_not_shared():
+    """Each tensor of a loader process is an open file."""
+    batches = make(repeats=2, length=32)
+    shared = [[TrainingBatch(*(t.share_memory_() for t in vars(batch).values())) for batch in [batches[0]] * 2]] * 16
+    for batch in Blocks(batches).interleave(iter(shared), 0):
+        assert not any(tensor.is_shared() for tensor in vars(batch).values())
+        assert equal(batch, shared[0][0])
+
+
 def test_processes_share_no_sample_and_an_epoch_has_all():
     seen = []
 
@@ -153,11 +162,20 @@ def test_samples_without_objects_are_replaced():
         def load(self, index, **options):
             return super().load(index, **options) if index == 4 else Rectangles(empty=True).load(index)
 
-    assert make(Mostly())[0].targets.any((2, 3)).all()
-    with pytest.raises(ValueError, match="no object in 20 samples"):
+    assert make(Mostly(100), batch_size=1)[0].targets.any((2, 3)).all(), "however few have one"
+    with pytest.raises(ValueError, match="no object in 1000 samples"):
         make(Rectangles(empty=True))[0]
     with pytest.raises(ValueError, match="no samples"):
         make(Rectangles(0))
+
+
+def test_a_flat_image_has_regions():
+    """An object of two rows is half of a row of targets, so it is trained on, and needs a region."""
+    sample = Sample(np.zeros((16, 200, 3), np.uint8), np.ones((1, 16, 200), bool), "")
+    prepared = prepare(sample, 256, 1, Augmentation(jitter=(0.1, 0.1)), np.random.default_rng(0))
+    assert prepared is not None
+    assert prepared[1].tolist() == [2, 26]
+    assert np.argwhere(prepared[-1] >= 0).tolist() == [[0, column] for column in range(7)]
 
 
 def test_regions_lie_between_the_outlines_of_all_masks():

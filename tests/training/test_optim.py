@@ -68,8 +68,14 @@ def test_schedules():
     assert rate_by_clock(10, "linear", 0.5) == pytest.approx(8e-4 * 0.505) == rate_by_clock(45_000, "linear", 0.1)
     assert rate_by_clock(10, "step", 0.7) == pytest.approx(8e-5)
     assert rate_by_clock(10, "cosine", 1.1) == pytest.approx(8e-6)
+
+    def rate_in_warmup(step, elapsed):
+        return learning_rate(step, base=8e-4, warmup=250, steps=90_000, schedule="linear", elapsed=elapsed)
+
+    assert rate_in_warmup(124, 0.5) == pytest.approx(8e-4 * 0.505 / 2), "few steps, and half of the time is over"
+    assert rate_in_warmup(249, 0.5) == pytest.approx(rate_in_warmup(250, 0.5)), "no jump"
     with pytest.raises(ValueError, match="schedule"):
-        rate(300, "no")
+        rate(3, "no")
 
 
 def test_drop_path_keeps_the_expectation():

@@ -124,6 +124,11 @@ def test_folders_are_searched_to_any_depth(tmp_path: Path, photo: np.ndarray) ->
     assert [folder.load(i).name for i in range(len(folder))] == ["b.png", "deep/er/a.JPG"]
     assert np.array_equal(folder.load(0).image, photo[:40, :30])
     assert folder.load(0, max_masks=0).masks.shape == (0, 40, 30)
+    (tmp_path / "deep" / "circle").symlink_to(tmp_path)
+    (tmp_path / "again").symlink_to(tmp_path / "deep" / "er")
+    linked = PictureFolder(tmp_path)
+    assert [linked.sample_name(i) for i in range(len(linked))] == ["again/a.JPG", "b.png", "deep/er/a.JPG"]
+    (tmp_path / "again").unlink()
     both = open_pictures([str(tmp_path), "scenes:size=64,length=3"])
     assert len(both) == 5 and both.load(4, max_masks=0).image.shape == (64, 64, 3)
 

@@ -23,6 +23,7 @@ from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import make_scene
 from sam_fast.training.config import TrainConfig
 from sam_fast.training.initialise import initialise_weights
+from sam_fast.training.logs import TrainingLog
 from sam_fast.training.run import CHECKPOINT
 from sam_fast.training.trainer import WEIGHTS, Trainer
 
@@ -184,6 +185,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import pytest\n"
         "from rectangles import Rectangles, tiny_sam\n"
         "from sam_fast.training.config import TrainConfig\n"
         "from sam_fast.training.distributed import join_world\n"
@@ -192,8 +194,15 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         "    assert world.size == 2\n"
         f"    config = {replace(config, batch_size=1)!r}\n"
         f"    Trainer(tiny_sam(seed=world.rank), Rectangles(), config, {str(tmp_path / 'two')!r}, world).run()\n"
-        # The clocks of machines differ: the first one's counts.
+        # Machines that do not share the folder, then one that refuses what the other accepts: both end with an error.
         "    from dataclasses import replace\n"
+        f"    folder = {str(tmp_path)!r} + ('/two', '/missing')[world.rank]\n"
+        "    with pytest.raises(ValueError, match=f'{folder}: it must be one folder'):\n"
+        "        Trainer(tiny_sam(), Rectangles(), config, folder, world)\n"
+        "    with pytest.raises(ValueError, match=('it must be one folder', 'other settings')[world.rank]):\n"
+        "        other = replace(config, seed=world.rank)\n"
+        f"        Trainer(tiny_sam(), Rectangles(), other, {str(tmp_path / 'two')!r}, world)\n"
+        # The clocks of machines differ: the first one's counts.
         "    from itertools import count\n"
         "    from types import SimpleNamespace\n"
         "    from sam_fast.training import run\n"
@@ -235,6 +244,9 @@ def test_a_frozen_encoder_stays(tmp_path):
         if name.startswith("image_encoder"):
             assert torch.equal(tensor, start[name]), name
     assert not torch.equal(trainer.model.mask_decoder.iou_token.weight, start["mask_decoder.iou_token.weight"])
+    encoder, images = trainer.sam.image_encoder.train(), torch.zeros(16, 3, TINY.image_size, TINY.image_size)
+    with torch.no_grad():
+        assert torch.equal(encoder(images), encoder(images)), "nothing of a frozen encoder is dropped"
 
 
 def test_logs_and_pictures(tmp_path):
@@ -249,6 +261,15 @@ def test_logs_and_pictures(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*")), "tensorboard is in the test environment"
 
 
+def test_late_steps_are_logged_exactly(tmp_path):
+    log = TrainingLog(tmp_path, 1)
+    for step in (1_000_001, 1_234_567):
+        log.row({"step": step, "loss": 0.123456789})
+    log.close()
+    TrainingLog(tmp_path, 1_000_002).close()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,loss", "1000001,0.123457"]
+
+
 def test_exported_weights_are_the_average(tmp_path):
     trainer = train(tmp_path)
     exported = weights(tmp_path)
@@ -258,6 +279,16 @@ def test_exported_weights_are_the_average(tmp_path):
     assert torch.equal(loaded.mask_decoder.iou_token.weight, exported["mask_decoder.iou_token.weight"])
     from_checkpoint = build_sam_from_config(TINY, tmp_path / CHECKPOINT)
     assert same(from_checkpoint.state_dict(), trainer.model.state_dict())
+
+
+def test_a_run_killed_while_it_saves_still_exports(tmp_path, monkeypatch):
+    config = replace(CONFIG, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "export", lambda self, weights: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, config)
+    assert train(tmp_path, config).step == 1
+    assert (tmp_path / WEIGHTS).exists()
 
 
 def test_stop_and_time_limit_save(tmp_path):
@@ -302,6 +333,16 @@ def test_another_run_is_not_continued_by_mistake(tmp_path):
     Trainer(tiny_sam(), Rectangles(), replace(CONFIG, steps=2, workers=3), tmp_path)
 
 
+@pytest.mark.parametrize(("kind", "workers"), [(ValueError, 0), (ValueError, 1), (FileNotFoundError, 1)])
+def test_bad_data_is_named_in_a_line(tmp_path, kind, workers):
+    class Broken(Rectangles):
+        def load(self, index, **options):
+            raise kind("an image: it is broken")
+
+    with pytest.raises(ValueError, match=r"^an image: it is broken$"):
+        train(tmp_path, replace(CONFIG, workers=workers), Broken())
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -311,6 +352,7 @@ def test_another_run_is_not_continued_by_mistake(tmp_path):
         {"precision": "fp8"},
         {"jitter": (2.0, 1.0)},
         {"schedule": "x"},
+        {"drop_path": 1.0},
         {"refined": 0},
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from sam_fast.utils.amg import coco_encode_rle, mask_to_rle_pytorch
-from sam_fast.utils.overlay import beside, draw_masks, draw_prompts, line_width, mask_color
+from sam_fast.utils.overlay import beside, draw_masks, draw_prompts, line_width, mask_color, save_picture
 
 GRAY = np.full((61, 83, 3), 100, np.uint8)
 
@@ -103,8 +104,20 @@ def test_points_are_green_or_red_markers_in_place() -> None:
 
 
 def test_points_outside_are_not_seen() -> None:
-    points = np.array([[-500, 3], [1e9, -1e9], [np.inf, 0], [np.nan, 1]])
+    points = np.array([[-500, 3], [1e9, -1e9], [1e10, 5], [5, -1e300], [np.inf, 0], [np.nan, 1]])
     np.testing.assert_array_equal(np.asarray(draw_prompts(GRAY, points)), GRAY)
+
+
+@pytest.mark.parametrize("point", [(-7, 30), (89, 30), (40, -7), (40, 67)], ids=["left", "right", "above", "below"])
+def test_points_near_the_edge_are_seen_in_part(point: tuple[int, int]) -> None:
+    """The marker's radius on this canvas is 7.7 pixels."""
+    assert (np.asarray(draw_prompts(GRAY, np.array([point]))) != GRAY).any()
+
+
+def test_a_box_beyond_the_canvas_is_soon_drawn() -> None:
+    for corners in ([-1e10, 20, 1e10, 1e10], [-90, 20, 900, 900]):
+        drawn = np.asarray(draw_prompts(GRAY, boxes=np.array([corners])))
+        assert (drawn[20] != 100).any(-1).all() and (drawn[26:] == 100).all() and (drawn[:17] == 100).all()
 
 
 def test_box_is_a_frame_for_any_order_of_corners() -> None:
@@ -123,6 +136,19 @@ def test_beside() -> None:
         (0, 0, 255),
         (255, 255, 255),
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "saved"), [((65_500, 2), (65_500, 2)), ((70_000, 4), (65_500, 4)), ((1, 65_501), (1, 65_500))]
+)
+def test_pictures_too_long_for_a_jpeg_are_made_smaller(
+    tmp_path: Path, size: tuple[int, int], saved: tuple[int, int]
+) -> None:
+    picture = Image.new("RGB", size, "red")
+    save_picture(picture, tmp_path / "long.jpg")
+    assert picture.size == size
+    with Image.open(tmp_path / "long.jpg") as opened:
+        assert opened.size == saved and opened.getpixel((0, 0)) == pytest.approx((255, 0, 0), abs=3)
 
 
 @pytest.mark.parametrize(
