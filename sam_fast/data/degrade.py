@@ -25,9 +25,16 @@ def _noise_tiles() -> tuple[np.ndarray, np.ndarray]:
     return white, smooth
 
 
+@lru_cache(maxsize=1)
+def _light_map() -> tuple[np.ndarray, np.ndarray]:
+    """x and y [48, 48] of a map of light, -1 to 1."""
+    y, x = np.mgrid[-1 : 1 : _LIGHT * 1j, -1 : 1 : _LIGHT * 1j]
+    return x, y
+
+
 def light(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """Multiply by smooth, slightly coloured light: a gradient, vignetting, at times the shadow of something unseen."""
-    y, x = np.mgrid[-1 : 1 : _LIGHT * 1j, -1 : 1 : _LIGHT * 1j]
+    x, y = _light_map()
     angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
     field = 1 + slope * (np.cos(angle) * x + np.sin(angle) * y)
     if rng.random() < 0.4:
@@ -111,13 +118,17 @@ def sensor(rng: np.random.Generator, image: Image.Image) -> Image.Image:
         size = image.width
         if size + 128 > _NOISE:
             tile = np.tile(tile, (2, 2, 1))
-        noise = tile[row : row + size, column : column + size] * np.float32(min(strength, 12) / _NOISE_STD)
-        image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+        noisy = tile[row : row + size, column : column + size] * np.float32(min(strength, 12) / _NOISE_STD)
+        noisy += np.asarray(image)
+        np.minimum(np.maximum(noisy, 0, out=noisy), 255, out=noisy)
+        image = Image.fromarray(noisy.astype(np.uint8))
     if plain:
         return image
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=2 if coarse else 0)
-    return Image.open(buffer).convert("RGB")
+    photo = Image.open(buffer, formats=("JPEG",))
+    photo.load()
+    return photo
 
 
 def degrade(rng: np.random.Generator, image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from sam_fast.data.shapes import (
     Shape,
     box,
     circle,
+    cumulative_shares,
     densify,
     draw_family,
+    draw_index,
     ellipse,
     glyph_width,
     glyphs,
+    pick,
     rounded_box,
     strip,
 )
@@ -59,9 +63,9 @@ Maker = Callable[[np.random.Generator, bool], Part]
 
 def _inside(shape: Shape, x: float, y: float, scale: float, aspect: float = 1.0, angle: float = 0.0) -> Shape:
     """A shape shrunk, turned and moved within the object's frame."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    matrix = scale * np.array([[cos, -sin], [sin, cos]]) @ np.diag([aspect**0.5, aspect**-0.5])
-    return Placement(matrix, np.array([x, y])).shape(shape)
+    cos, sin = scale * float(np.cos(angle)), scale * float(np.sin(angle))
+    wide, high = aspect**0.5, aspect**-0.5
+    return Placement(np.array([[cos * wide, -sin * high], [sin * wide, cos * high]]), np.array([x, y])).shape(shape)
 
 
 def _single(rng: np.random.Generator, held_out: bool) -> Part:
@@ -94,7 +98,7 @@ def _banded(rng: np.random.Generator, held_out: bool) -> Part:
     """A body cut into zones by straight or bent lines: bottles with labels, clothes, animals of two colours."""
     family, body = draw_family(rng, compact=True, held_out=held_out)
     whole = Part(body, family=family)
-    angle = rng.choice([0.0, np.pi / 2, rng.uniform(0, np.pi)])
+    angle = pick(rng, (0.0, np.pi / 2, rng.uniform(0, np.pi)))
     if rng.random() < 0.5:
         low = rng.uniform(-0.6, 0.3)
         spans = [(low, low + rng.uniform(0.2, 0.6))]
@@ -172,7 +176,7 @@ def _building(rng: np.random.Generator, held_out: bool) -> Part:
         wall.parts.append(Part(box(x - width, 1 - (1 - top) * 0.3, x + width, 1), color=2))
     if rng.random() < 0.6:
         peak, eave = rng.uniform(-0.8, 0.8) * half, half * rng.uniform(1, 1.25)
-        corners = np.array([[-eave, top], [eave, top], [peak * rng.choice([0, 1]), top - rng.uniform(0.3, 0.7)]])
+        corners = np.array([[-eave, top], [eave, top], [peak * pick(rng, (0, 1)), top - rng.uniform(0.3, 0.7)]])
         if rng.random() < 0.4:
             corners = np.array([[-eave, top], [eave, top], [half * 0.7, top - 0.4], [-half * 0.7, top - 0.4]])
         return Part(None, [wall, Part([Contour(densify(corners))], color=3)], family="building")
@@ -338,12 +342,12 @@ def _solid(rng: np.random.Generator, held_out: bool) -> Part:
 
 def _row(rng: np.random.Generator, held_out: bool) -> Part:
     """A carrier with items in a row or a grid: shelves, keyboards, plates of food, panels of buttons."""
-    columns, lines = int(rng.integers(2, 6)), int(rng.choice([1, 1, 2, 3]))
+    columns, lines = int(rng.integers(2, 6)), int(pick(rng, (1, 1, 2, 3)))
     width, height = 1.0, min(1.0, rng.uniform(0.6, 1.3) * lines / columns)
-    carrier = rounded_box(-width, -height, width, height, rng.choice([0.02, 0.3, 1.0]))
+    carrier = rounded_box(-width, -height, width, height, pick(rng, (0.02, 0.3, 1.0)))
     whole = Part(carrier, family="row")
     family, shape = draw_family(rng, compact=True, held_out=held_out)
-    fill, jitter, turn = rng.uniform(0.5, 0.85), rng.choice([0.0, 0.1]), rng.choice([0.0, 0.4])
+    fill, jitter, turn = rng.uniform(0.5, 0.85), pick(rng, (0.0, 0.1)), pick(rng, (0.0, 0.4))
     cored, various = rng.random() < 0.3, rng.random() < 0.35
     _, core = draw_family(rng, compact=True, held_out=held_out)
     for x in (np.arange(columns) + 0.5) / columns:
@@ -377,7 +381,7 @@ def _sign(rng: np.random.Generator, held_out: bool) -> Part:
     if rng.random() < 0.3:
         return Part(None, letters, family="sign")
     margin = rng.uniform(0.05, 0.3)
-    plate = rounded_box(-1 - margin, -height - margin, 1 + margin, height + margin, rng.choice([0.05, 0.5, 1.0]))
+    plate = rounded_box(-1 - margin, -height - margin, 1 + margin, height + margin, pick(rng, (0.05, 0.5, 1.0)))
     return Part(plate, letters, family="sign")
 
 
@@ -406,6 +410,13 @@ def make_object(rng: np.random.Generator, *, compound: float = 1.0, held_out: bo
         compound: weight of objects with parts against single shapes, 1 for the usual mixture.
         held_out: also draw `HELD_OUT_FAMILIES`.
     """
-    weights = np.array([weight if name == "single" else weight * compound for name, (_, weight) in MAKERS.items()])
-    index = int(rng.choice(len(weights), p=weights / weights.sum()))
-    return list(MAKERS.values())[index][0](rng, held_out)
+    maker, _ = list(MAKERS.values())[draw_index(rng, _maker_shares(compound))]
+    return maker(rng, held_out)
+
+
+@lru_cache
+def _maker_shares(compound: float) -> tuple[float, ...]:
+    """Cumulative shares of `MAKERS`."""
+    return cumulative_shares(
+        [weight if name == "single" else weight * compound for name, (_, weight) in MAKERS.items()]
+    )

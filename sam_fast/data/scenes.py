@@ -15,7 +15,7 @@ from sam_fast.data.canvas import Canvas, Region, Style
 from sam_fast.data.degrade import degrade
 from sam_fast.data.objects import Part, make_object
 from sam_fast.data.sample import Sample, choose_masks
-from sam_fast.data.shapes import Contour, Placement, Shape, ragged_line
+from sam_fast.data.shapes import Contour, Placement, Shape, pick, ragged_line
 from sam_fast.data.textures import cut, palette, texture_bank
 
 LEAST_AREA = 48 / 256**2  # smaller visible regions have no mask, as a share of the image
@@ -96,11 +96,12 @@ def _make(
     image = np.asarray(degrade(camera, canvas.image))
     kept = visible_regions(canvas)
     chosen = choose_masks(len(kept), max_masks, chooser)
-    masks = np.zeros((len(chosen), size, size), bool)
+    masks, above = np.zeros((len(chosen), size, size), bool), np.empty_like(canvas.owner)
     for mask, which in zip(masks, chosen.tolist(), strict=True):
         region = kept[which]
         # Unsigned arithmetic wraps around: one comparison for both ends of the range.
-        np.less(canvas.owner - np.uint16(region.first), np.uint16(region.last - region.first), out=mask)
+        np.subtract(canvas.owner, np.uint16(region.first), out=above)
+        np.less(above, np.uint16(region.last - region.first), out=mask)
     return Sample(image, masks, f"{'held-out' if held_out else 'scene'}-{seed}-{index}")
 
 
@@ -126,7 +127,7 @@ def compose(rng: np.random.Generator, size: int, held_out: bool) -> Canvas:
     """Paint a scene, without the camera's imperfections."""
     bank = texture_bank(held_out)
     angle = rng.uniform(-0.9, 0.1) * np.pi  # mostly from above
-    shadows, contrast = rng.random() < 0.6, rng.choice([10.0, 18.0, 28.0])
+    shadows, contrast = rng.random() < 0.6, pick(rng, (10.0, 18.0, 28.0))
     style = Style(
         light=np.array([np.cos(angle), np.sin(angle)]),
         relief=float(rng.choice([0, rng.uniform(0.2, 1)], p=[0.2, 0.8])),
@@ -140,11 +141,15 @@ def compose(rng: np.random.Generator, size: int, held_out: bool) -> Canvas:
     horizon = _paint_background(rng, canvas, colors)
     if rng.random() < 0.2:
         canvas.blur(rng.uniform(0.6, 3.0))
+    prepared = []
     for part, radius in _objects(rng, horizon, held_out):
         own = colors[rng.integers(len(colors), size=4)] * rng.uniform(0.7, 1.25, (4, 1)) + rng.normal(0, 10, (4, 3))
         related = rng.random(4) < 0.35
         own[related] = own[0] * rng.uniform(0.5, 1.5, (4, 1))[related]
-        canvas.paint(rng, part, own.clip(4, 251).astype(np.float32), flat=bool(rng.random() < 0.1 or radius > 1))
+        own = np.minimum(np.maximum(own, 4), 251).astype(np.float32)
+        prepared.append(canvas.prepare(rng, part, own, flat=bool(rng.random() < 0.1 or radius > 1)))
+    for each in prepared:
+        canvas.show(each)
     return canvas
 
 
@@ -171,7 +176,7 @@ def _paint_background(rng: np.random.Generator, canvas: Canvas, colors: np.ndarr
 def _ground(rng: np.random.Generator, height: float, turned: bool) -> Shape:
     """Everything below a straight, wavy or ragged line."""
     x = np.linspace(-0.1, 1.1, 81)
-    y = height + rng.choice([0.0, rng.normal(0, 0.12)]) * (x - 0.5)
+    y = height + pick(rng, (0.0, rng.normal(0, 0.12))) * (x - 0.5)
     kind = rng.random()
     if kind < 0.35:
         y = y + rng.uniform(0.01, 0.06) * ragged_line(rng, 80, rng.uniform(1.5, 2.5))
@@ -189,7 +194,7 @@ def _objects(rng: np.random.Generator, horizon: float | None, held_out: bool) ->
     count, exponent, low, high = int(rng.integers(4, 13)), rng.uniform(1.05, 2.3), 0.06, 0.4
     if kind < 0.15:  # dead leaves: everything covered
         count, low, high = int(rng.integers(14, 26)), 0.08, 0.5
-    compound = 0.25 if kind < 0.15 else float(rng.choice([0.6, 1.0, 2.5]))
+    compound = 0.25 if kind < 0.15 else pick(rng, (0.6, 1.0, 2.5))
     radii = (low ** (1 - exponent) + rng.random(count) * (high ** (1 - exponent) - low ** (1 - exponent))) ** (
         1 / (1 - exponent)
     )
@@ -216,9 +221,9 @@ def _placement(rng: np.random.Generator, part: Part, center: np.ndarray, radius:
     upright = bool(part.parts) or rng.random() < 0.3
     angle = rng.normal(0, 0.15) if upright and rng.random() < 0.8 else rng.uniform(0, 2 * np.pi)
     stretch = np.exp(rng.normal(0, 0.25 if upright else 0.35))
-    shear, mirror = rng.normal(0, 0.12), 1 if part.family in ("letter", "sign") else int(rng.choice([-1, 1]))
+    shear, mirror = rng.normal(0, 0.12), 1 if part.family in ("letter", "sign") else int(pick(rng, (-1, 1)))
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = np.array([[cos, -sin], [sin, cos]]) @ np.array([[1, shear], [0, 1]])
     matrix = matrix @ np.diag([mirror * stretch**0.5, stretch**-0.5]) * radius
-    bend = np.stack([rng.normal(0, 0.05, 2), rng.uniform(1, 3, 2), rng.uniform(0, 6.3, 2)], axis=1)
+    bend = np.array([rng.normal(0, 0.05, 2), rng.uniform(1, 3, 2), rng.uniform(0, 6.3, 2)]).T
     return Placement(matrix, center, None if rng.random() < 0.4 else bend)

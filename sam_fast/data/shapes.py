@@ -6,8 +6,10 @@ the scene's frame, 0 .. 1 in both, whatever the number of pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -37,6 +39,22 @@ Shape = list[Contour | Glyphs]
 Family = Callable[[np.random.Generator], Shape]
 
 
+def pick(rng: np.random.Generator, options: Sequence[float]) -> float:
+    """The same as `rng.choice(options)`, without making an array first."""
+    return options[int(rng.integers(len(options)))]
+
+
+def draw_index(rng: np.random.Generator, bounds: Sequence[float]) -> int:
+    """The same as `rng.choice(len(weights), p=weights / sum(weights))`; `bounds` are `cumulative_shares(weights)`."""
+    return bisect_right(bounds, rng.random())
+
+
+def cumulative_shares(weights: Sequence[float]) -> tuple[float, ...]:
+    """Running sums of weights, the last one 1, to the bit as `numpy.random.Generator.choice` makes them."""
+    sums = (np.array(weights) / np.array(weights).sum()).cumsum()
+    return tuple((sums / sums[-1]).tolist())
+
+
 @dataclass(frozen=True)
 class Placement:
     """An affine map, after a smooth bending, of an object's frame into the scene's.
@@ -58,7 +76,12 @@ class Placement:
         return points @ self.matrix.T + self.offset
 
     def shape(self, shape: Shape) -> Shape:
-        return [replace(primitive, points=self(primitive.points)) for primitive in shape]
+        return [
+            Contour(self(primitive.points), primitive.fill)
+            if isinstance(primitive, Contour)
+            else Glyphs(self(primitive.points), primitive.text)
+            for primitive in shape
+        ]
 
 
 class Raster(NamedTuple):
@@ -82,22 +105,23 @@ def rasterize(shape: Shape, size: int) -> Raster | None:
         if isinstance(primitive, Glyphs)
     ]
     points = np.concatenate(flat) if len(flat) > 1 else flat[0]
-    low = np.floor(points.min(0) * size - 0.5).clip(0, size)
-    high = np.ceil(points.max(0) * size + 0.5).clip(0, size)
-    (left, top), (width, height) = low.astype(int).tolist(), (high - low).astype(int).tolist()
+    (low_x, low_y), (high_x, high_y) = points.min(0).tolist(), points.max(0).tolist()
+    left, top = max(math.floor(low_x * size - 0.5), 0), max(math.floor(low_y * size - 0.5), 0)
+    width = min(math.ceil(high_x * size + 0.5), size) - left
+    height = min(math.ceil(high_y * size + 0.5), size) - top
     if width <= 0 or height <= 0:
         return None
     factor = 4 if width * height <= 96 * 96 else 3 if width * height <= 180 * 180 else 2
     sheet = Image.new("L", (factor * width, factor * height))
-    draw = ImageDraw.Draw(sheet)
+    draw, corner = ImageDraw.Draw(sheet), np.array([left, top], np.float64)
     for primitive in shape:
-        pixels = factor * (primitive.points * size - low)
+        pixels = factor * (primitive.points * size - corner)
         if isinstance(primitive, Glyphs):
             _draw_glyphs(sheet, primitive.text, pixels)
         else:
             # A polygon of PIL includes its border line, half a fine pixel too much.
-            for polygon in (pixels - 0.5).reshape(-1, *pixels.shape[-2:]):
-                draw.polygon(polygon.ravel().tolist(), fill=255 * primitive.fill)
+            for polygon in (pixels - 0.5).reshape(-1, 2 * pixels.shape[-2]).tolist():
+                draw.polygon(polygon, fill=255 * primitive.fill)
     return Raster(sheet.reduce(factor), left, top)
 
 
@@ -153,18 +177,24 @@ def rounded_box(x0: float, y0: float, x1: float, y1: float, roundness: float) ->
     rx, ry = (x1 - x0) / 2, (y1 - y0) / 2
     radius = roundness * min(abs(rx), abs(ry))
     corner = circle(48)
-    outline = corner * radius + np.where(corner > 1e-9, 1, -1) * (abs(rx) - radius, abs(ry) - radius)
+    outline = corner * radius + _quadrants(48) * (abs(rx) - radius, abs(ry) - radius)
     center = np.array([(x0 + x1) / 2, (y0 + y1) / 2])
     return [Contour(densify(outline + center, 0.5))]
 
 
+@lru_cache
+def _quadrants(steps: int) -> np.ndarray:
+    """The signs [steps, 2] of the coordinates of `circle`, -1 for 0."""
+    return np.where(circle(steps) > 1e-9, 1, -1)
+
+
 def densify(corners: np.ndarray, step: float = 0.25) -> np.ndarray:
     """Points along a closed polygon [K, 2], at most about `step` apart, its corners among them."""
-    following = np.roll(corners, -1, axis=0)
-    counts = np.ceil(np.hypot(*(following - corners).T) / step).astype(int).clip(1, 24)
+    sides = np.concatenate([corners[1:], corners[:1]]) - corners
+    counts = np.minimum(np.maximum(np.ceil(np.hypot(*sides.T) / step).astype(int), 1), 24)
     starts = np.cumsum(counts) - counts
     share = (np.arange(counts.sum()) - starts.repeat(counts)) / counts.repeat(counts)
-    return corners.repeat(counts, 0) + (following - corners).repeat(counts, 0) * share[:, None]
+    return corners.repeat(counts, 0) + sides.repeat(counts, 0) * share[:, None]
 
 
 def strip(line: np.ndarray, widths: np.ndarray, round_ends: bool = True) -> Shape:
@@ -184,11 +214,19 @@ def strip(line: np.ndarray, widths: np.ndarray, round_ends: bool = True) -> Shap
 
 def ragged_line(rng: np.random.Generator, steps: int, roughness: float) -> np.ndarray:
     """A random function [steps + 1] of about unit height, its ends equal; its spectrum falls as 1/f^roughness."""
-    harmonics = np.arange(1, 13)
-    weight = harmonics**-roughness * rng.standard_normal(12)
+    weight = _HARMONICS**-roughness * rng.standard_normal(12)
     phase = rng.uniform(0, 2 * np.pi, 12)
-    at = np.linspace(0, 2 * np.pi, steps + 1)[:, None]
-    return (weight * np.sin(harmonics * at + phase)).sum(1) / np.sqrt((harmonics ** (-2 * roughness)).sum() / 2)
+    waves = weight * np.sin(_harmonic_angles(steps) + phase)
+    return waves.sum(1) / np.sqrt((_HARMONICS ** (-2 * roughness)).sum() / 2)
+
+
+_HARMONICS = np.arange(1, 13)
+
+
+@lru_cache
+def _harmonic_angles(steps: int) -> np.ndarray:
+    """Multiples [steps + 1, 12] of angles once around."""
+    return _HARMONICS * np.linspace(0, 2 * np.pi, steps + 1)[:, None]
 
 
 def _polar(radius: np.ndarray) -> Shape:
@@ -198,13 +236,13 @@ def _polar(radius: np.ndarray) -> Shape:
 def _polygon(rng: np.random.Generator) -> Shape:
     corners = int(rng.integers(3, 9))
     angle = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.35, 0.35, corners)) / corners
-    radius = rng.uniform(rng.choice([0.4, 0.85]), 1, corners)
+    radius = rng.uniform(pick(rng, (0.4, 0.85)), 1, corners)
     return [Contour(densify(np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]))]
 
 
 def _quadrilateral(rng: np.random.Generator) -> Shape:
     corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
-    corners += rng.uniform(-1, 1, (4, 2)) * rng.choice([0.0, 0.1, 0.45])
+    corners += rng.uniform(-1, 1, (4, 2)) * pick(rng, (0.0, 0.1, 0.45))
     return [Contour(densify(corners))]
 
 
@@ -222,7 +260,7 @@ def _rounded(rng: np.random.Generator) -> Shape:
 
 
 def _ellipse(rng: np.random.Generator) -> Shape:
-    power = float(rng.choice([1, 1, rng.uniform(0.6, 1.4)]))
+    power = float(pick(rng, (1, 1, rng.uniform(0.6, 1.4))))
     points = circle(56)
     return [Contour(np.sign(points) * np.abs(points) ** power)]
 
@@ -263,7 +301,7 @@ def _stroke(rng: np.random.Generator) -> Shape:
     line = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], axis=1), axis=0)
     line = 2 * (line - (line.min(0) + line.max(0)) / 2) / max(np.ptp(line, axis=0).max(), 1e-6)
     thick = rng.uniform(0.03, 0.12) if rng.random() < 0.6 else rng.uniform(0.12, 0.3)
-    taper = np.linspace(1, rng.choice([1, rng.uniform(0.3, 1)]), steps)
+    taper = np.linspace(1, pick(rng, (1, rng.uniform(0.3, 1))), steps)
     return strip(line, thick * taper, bool(rng.random() < 0.7))
 
 
@@ -276,7 +314,7 @@ def _ring(rng: np.random.Generator) -> Shape:
 def _crescent(rng: np.random.Generator) -> Shape:
     angle = np.linspace(0, rng.uniform(0.6, 1.7) * np.pi, 24)
     line = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    bulge = np.sin(np.linspace(0, np.pi, 24)) ** rng.choice([0.3, 1.0])
+    bulge = np.sin(np.linspace(0, np.pi, 24)) ** pick(rng, (0.3, 1.0))
     return strip(line * 0.85, rng.uniform(0.1, 0.3) * bulge + 0.02, False)
 
 
@@ -373,8 +411,14 @@ def draw_family(rng: np.random.Generator, *, compact: bool = False, held_out: bo
     if held_out and rng.random() < 0.6:
         name = HELD_OUT_FAMILIES[int(rng.integers(len(HELD_OUT_FAMILIES)))]
         return name, FAMILIES[name](rng)
+    names, bounds = _usual_families(compact)
+    name = names[draw_index(rng, bounds)]
+    return name, FAMILIES[name](rng)
+
+
+@lru_cache
+def _usual_families(compact: bool) -> tuple[list[str], tuple[float, ...]]:
+    """The families that are not held out, and their cumulative shares."""
     thin = ("bracket", "stroke", "ring", "crescent", "letter", "limbs") if compact else ()
     names = [name for name in FAMILIES if name not in HELD_OUT_FAMILIES + thin]
-    weights = np.array([_WEIGHTS.get(name, 1.0) for name in names])
-    name = names[int(rng.choice(len(names), p=weights / weights.sum()))]
-    return name, FAMILIES[name](rng)
+    return names, cumulative_shares([_WEIGHTS.get(name, 1.0) for name in names])

@@ -7,11 +7,13 @@ natural spectrum) is made once per process and cut from; nothing depends on the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from sam_fast.data.shapes import pick
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TRAINING_PHOTOS = ASSETS / "textures"
@@ -97,7 +99,7 @@ def cut(rng: np.random.Generator, picture: Image.Image, width: int, height: int,
         size: pixels of the image's side.
         zoom: pixels of the picture per pixel of a 256-pixel image.
     """
-    turn, x, y, spin = int(rng.integers(8)), rng.random(), rng.random(), rng.uniform(-1, 1)
+    turn, (x, y, spin) = int(rng.integers(8)), rng.random(3).tolist()
     scale = zoom * _REFERENCE / size
     if turn & 1:
         width, height = height, width
@@ -107,13 +109,20 @@ def cut(rng: np.random.Generator, picture: Image.Image, width: int, height: int,
     left, top = max(0.0, x * (picture.width - across)), max(0.0, y * (picture.height - down))
     box = (left, top, min(left + across, picture.width), min(top + down, picture.height))
     piece = picture.resize((width, height), Image.Resampling.BILINEAR, box)
-    if turn & 1:
-        piece = piece.transpose(Image.Transpose.ROTATE_90)
-    if turn & 2:
-        piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if turn & 4 and spin > -0.4:
-        piece = piece.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
-    return piece
+    turned = _TURNS[turn if 2 * spin - 1 > -0.4 else turn & 3]
+    return piece if turned is None else piece.transpose(turned)
+
+
+_TURNS = (  # bit 0: a quarter turn; then bit 1: left and right change places; then bit 2: top and bottom do
+    None,
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.ROTATE_270,
+)
 
 
 def ramp(rng: np.random.Generator, color: np.ndarray, contrast: float) -> np.ndarray:
@@ -134,40 +143,71 @@ class Texture:
     """A picture that is not in its colours yet, so that they can be shifted for next to nothing.
 
     Attributes:
-        index: uint8, [h, w] with a table [256, 3], or [h, w, 3] with a table [256, 1] for all channels alike.
+        picture: gray (mode L) with a table [256, 3], or RGB with a table [256, 1] for all channels alike.
         table: float32, the colour or the value of each level, about 0..255, not clipped.
     """
 
-    index: np.ndarray
+    picture: Image.Image
     table: np.ndarray
+
+    @cached_property
+    def index(self) -> np.ndarray:
+        """The picture as an array, [h, w] or [h, w, 3] uint8."""
+        return as_array(self.picture)
 
     def sample(self, step: int) -> np.ndarray:
         """Every `step`-th pixel of every `step`-th row, [h / step, w / step, 3] float32."""
         return self._look_up(self.table, self.index[::step, ::step])
 
-    def render(self, shift: float, shade: np.ndarray | None) -> np.ndarray:
-        """The texture times `shade` [h, w], if there is one, plus `shift`: [h, w, 3] uint8."""
+    def render(self, shift: float, shade: np.ndarray | None) -> Image.Image:
+        """The texture times `shade` [h, w], if there is one, plus `shift`, as an RGB picture."""
         if shade is None:
-            return self._look_up((self.table + np.float32(shift)).clip(0, 255).astype(np.uint8), self.index)
-        lit = self._look_up(self.table, self.index)
+            levels = _to_bytes(self.table + np.float32(shift)).tobytes()
+            if self.index.ndim == 3:
+                return Image.frombytes("RGB", self.picture.size, self.index.tobytes().translate(levels))
+            # Pillow looks a palette's colours up several times as fast as numpy's `take`.
+            colored = self.picture.copy()
+            colored.putpalette(levels)
+            return colored.convert("RGB")
+        # A fourth channel is work for nothing, but numpy is a good deal faster with four than with three.
+        table = np.concatenate([self.table, self.table[:, :1]], axis=1) if self.index.ndim == 2 else self.table
+        lit = self._look_up(table, self.index)
         lit *= shade[..., None]
         lit += np.float32(shift)
-        return np.clip(lit, 0, 255, out=lit).astype(np.uint8)
+        return Image.frombytes("RGB", self.picture.size, _to_bytes(lit), "raw", "RGBX" if lit.shape[2] == 4 else "RGB")
 
     def _look_up(self, table: np.ndarray, index: np.ndarray) -> np.ndarray:
         # Without mode="clip" this takes four times as long.
         return table.take(index, 0, mode="clip") if index.ndim == 2 else table[:, 0].take(index, mode="clip")
 
 
-def _mapped(table: np.ndarray, gray: Image.Image) -> Texture:
-    return Texture(np.asarray(gray), table)
+def as_array(image: Image.Image) -> np.ndarray:
+    """What `np.asarray` makes of a picture of mode L, RGB or F, in half the time where it is small."""
+    values = np.frombuffer(image.tobytes(), np.float32 if image.mode == "F" else np.uint8)
+    width, height = image.size
+    return values.reshape((height, width, 3) if image.mode == "RGB" else (height, width))
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    """Values of an array, which is overwritten, clipped to 0..255 and cut off to uint8."""
+    return np.minimum(np.maximum(values, 0, out=values), 255, out=values).astype(np.uint8)
+
+
+def _log_uniform(rng: np.random.Generator, logs: tuple[float, float]) -> float:
+    """A number whose logarithm is uniform between two."""
+    return float(np.exp(rng.uniform(*logs)))
+
+
+_PERIODS, _PHOTO_ZOOMS, _NOISE_ZOOMS = (
+    (float(np.log(low)), float(np.log(high))) for low, high in ((0.015, 0.12), (0.3, 2.2), (0.4, 4))
+)
 
 
 def _stripes(rng: np.random.Generator, width: int, height: int, size: int) -> np.ndarray:
     """A periodic pattern [h, w] uint8: stripes, checks, dots, or stripes bent like wood."""
     kind, angle = int(rng.integers(5)), rng.uniform(0, np.pi)
-    period = size * np.exp(rng.uniform(np.log(0.015), np.log(0.12)))
-    sharp, duty, phase, bend = rng.choice([1.0, 4.0, 20.0]), rng.uniform(-0.5, 0.5), rng.uniform(0, 7, 2), rng.random()
+    period = size * _log_uniform(rng, _PERIODS)
+    sharp, duty, phase, bend = pick(rng, (1.0, 4.0, 20.0)), rng.uniform(-0.5, 0.5), rng.uniform(0, 7, 2), rng.random()
     step = np.float32(2 * np.pi / period)
     x = np.arange(width, dtype=np.float32)[None] * step
     y = np.arange(height, dtype=np.float32)[:, None] * step
@@ -180,18 +220,23 @@ def _stripes(rng: np.random.Generator, width: int, height: int, size: int) -> np
         v = y * np.float32(np.cos(angle)) - x * np.float32(np.sin(angle)) + np.float32(phase[1])
         a, b = np.sin(u), np.sin(v)
         wave = a * b if kind == 2 else (a + b) / 2 if kind == 3 else np.maximum(a, b)
-    return (127.5 + 127.5 * np.clip(np.float32(sharp) * (wave - np.float32(duty)), -1, 1)).astype(np.uint8)
+    wave -= np.float32(duty)
+    wave *= np.float32(sharp)
+    np.minimum(np.maximum(wave, -1, out=wave), 1, out=wave)
+    wave *= 127.5
+    wave += 127.5
+    return wave.astype(np.uint8)
 
 
 def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple[int, int], size: int) -> Texture:
     """A crop of a photo: colour photos as they are, or tinted; gray ones through a ramp."""
-    index, zoom = int(rng.integers(len(bank.photos))), np.exp(rng.uniform(np.log(0.3), np.log(2.2)))
+    index, zoom = int(rng.integers(len(bank.photos))), _log_uniform(rng, _PHOTO_ZOOMS)
     tint, gain, contrast = rng.random(), rng.uniform(0.7, 1.3), rng.uniform(0.3, 1)
     piece = cut(rng, bank.photos[index], shape[1], shape[0], size, zoom)
     table = ramp(rng, color, contrast)
     if piece.mode == "L" or tint < 0.35:
-        return _mapped(table, piece.convert("L"))
-    return Texture(np.asarray(piece), np.arange(256, dtype=np.float32)[:, None] * np.float32(gain))
+        return Texture(piece.convert("L"), table)
+    return Texture(piece, np.arange(256, dtype=np.float32)[:, None] * np.float32(gain))
 
 
 def fill(
@@ -209,24 +254,26 @@ def fill(
     """
     kind = rng.random() ** (1.6 if calm else 1.0)
     contrast = rng.uniform(0.05, 0.25) if rng.random() < 0.6 else rng.uniform(0.25, 0.7)
-    noise, zoom = bank.noise[int(rng.integers(len(bank.noise)))], np.exp(rng.uniform(np.log(0.4), np.log(4)))
+    noise, zoom = bank.noise[int(rng.integers(len(bank.noise)))], _log_uniform(rng, _NOISE_ZOOMS)
     if kind < 0.19:  # a plain surface with faint mottle
         table = ramp(rng, color, 0.02 + 0.2 * contrast)
-        return _mapped(table, cut(rng, noise, width, height, size, zoom))
+        return Texture(cut(rng, noise, width, height, size, zoom), table)
     if kind < 0.38:
-        return _mapped(ramp(rng, color, contrast), cut(rng, noise, width, height, size, zoom))
+        table = ramp(rng, color, contrast)
+        return Texture(cut(rng, noise, width, height, size, zoom), table)
     if kind < 0.46:  # two colours that change places slowly
         other = bank.colors[int(rng.integers(len(bank.colors)))]
         share = cut(rng, bank.noise[int(rng.integers(2))], width, height, size, zoom)
-        return _mapped(color + (other - color) * (_LEVELS + 1) / 2, share)
+        return Texture(share, color + (other - color) * (_LEVELS + 1) / 2)
     if kind < 0.78:
         return _photo(rng, bank, color, (height, width), size)
     if kind < 0.89:
         table = ramp(rng, color, contrast)
         pattern = Image.fromarray(_stripes(rng, width, height, size))
-        return _mapped(table, Image.blend(pattern, cut(rng, noise, width, height, size, zoom), 0.2))
+        return Texture(Image.blend(pattern, cut(rng, noise, width, height, size, zoom), 0.2), table)
     patches = bank.patches[int(rng.integers(len(bank.patches)))]
-    return _mapped(ramp(rng, color, contrast), cut(rng, patches, width, height, size, zoom))
+    table = ramp(rng, color, contrast)
+    return Texture(cut(rng, patches, width, height, size, zoom), table)
 
 
 def palette(rng: np.random.Generator, bank: Bank, count: int) -> np.ndarray:

@@ -178,7 +178,9 @@ class Decoding:
 
     def _with_shared(self, embedding: ImageEmbedding, inputs: list[_DecoderInputs]) -> list[_DecoderInputs]:
         """Inputs with what they share, looked up once and not for every few prompts."""
-        if not inputs[0].no_masks or not _is_plain(self.model.prompt_encoder):  # others may add masks of their own
+        encoder, stamp_of_it = self.model.prompt_encoder, inputs[0].stamps.prompt_encoder
+        plain = self._kept.of("prompt encoder is plain", lambda: _is_plain(encoder), stamp_of_it)
+        if not inputs[0].no_masks or not plain:  # others may say of the image what they like
             return inputs
         shared = self._first_layer(embedding, inputs[0]), self._rows_of_pe(inputs[0])
         return [some._replace(shared=shared) for some in inputs]

@@ -269,6 +269,64 @@ def test_a_crop_stays_inside_its_picture() -> None:
         assert piece.size == (width, height)
 
 
+@pytest.mark.parametrize("weights", [(1.0,), (5.0, 1.6, 0.7, 0.5), (0.1,) * 12])
+def test_own_choices_are_those_of_numpy(weights: tuple[float, ...]) -> None:
+    ours, numpys = np.random.default_rng(0), np.random.default_rng(0)
+    shares, bounds = np.array(weights) / np.array(weights).sum(), shapes.cumulative_shares(weights)
+    for _ in range(200):
+        assert shapes.draw_index(ours, bounds) == numpys.choice(len(weights), p=shares)
+        assert shapes.pick(ours, weights) == numpys.choice(weights)
+    assert ours.random() == numpys.random()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "F"])
+@pytest.mark.parametrize("size", [(1, 1), (7, 300), (0, 0)])
+def test_as_array_is_asarray(mode: str, size: tuple[int, int]) -> None:
+    picture = Image.effect_noise(size, 60).convert(mode)
+    ours, expected = textures.as_array(picture), np.asarray(picture)
+    assert ours.dtype == expected.dtype
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_texture_is_rendered_by_its_formula(mode: str) -> None:
+    """Its picture through its table, times the shade, plus the shift; the same whether or not there is a shade."""
+    rng = np.random.default_rng(0)
+    picture = Image.effect_noise((37, 23), 60).convert(mode)
+    table = rng.uniform(-40, 300, (256, 3 if mode == "L" else 1)).astype(np.float32)
+    texture = textures.Texture(picture, table)
+    colors = table[np.asarray(picture)].reshape(23, 37, 3)
+    np.testing.assert_array_equal(texture.sample(5), colors[::5, ::5])
+    shade = rng.uniform(0.5, 1.5, (23, 37)).astype(np.float32)
+    for factor in (None, shade):
+        lit = colors if factor is None else colors * factor[..., None]
+        expected = (lit + np.float32(7.3)).clip(0, 255).astype(np.uint8)
+        np.testing.assert_array_equal(np.asarray(texture.render(7.3, factor)), expected)
+    assert texture.picture.mode == mode
+
+
+def test_turns_are_made_of_a_quarter_turn_and_flips() -> None:
+    picture = Image.effect_noise((5, 3), 60)
+    for turn, turned in enumerate(textures._TURNS):
+        steps = [Image.Transpose.ROTATE_90, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM]
+        expected = picture
+        for bit, step in enumerate(steps):
+            expected = expected.transpose(step) if turn >> bit & 1 else expected
+        assert (picture if turned is None else picture.transpose(turned)) == expected
+
+
+def test_prepared_objects_are_painted_as_one_by_one() -> None:
+    parts = [Part(disc(x, 0.5, 0.25), [Part(disc(x, 0.45, 0.1), color=1)]) for x in (0.3, 0.5, 0.7)]
+    expected = painted(*parts)
+    rng, canvas = np.random.default_rng(0), Canvas(128, textures.texture_bank(), PLAIN)
+    prepared = [canvas.prepare(rng, part, np.full((4, 3), 200, np.float32)) for part in parts]
+    for each in prepared:
+        canvas.show(each)
+    assert canvas.image == expected.image
+    np.testing.assert_array_equal(canvas.owner, expected.owner)
+    assert canvas.regions == expected.regions
+
+
 def test_texture_photos_state_their_licences_and_are_small() -> None:
     files = sorted(textures.TRAINING_PHOTOS.glob("*.jpg"))
     readme = (textures.TRAINING_PHOTOS / "README.md").read_text(encoding="utf-8")
