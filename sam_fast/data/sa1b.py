@@ -107,7 +107,7 @@ def _parse(content: Any, path: Path) -> tuple[tuple[int, int] | None, list[Any]]
     if isinstance(content, dict):
         annotations = content.get("annotations")
         image = content.get("image")
-        if isinstance(image, dict) and {"height", "width"} <= image.keys():
+        if isinstance(image, dict) and image.get("height") is not None and image.get("width") is not None:
             size = (image["height"], image["width"])
     if not isinstance(annotations, list):
         raise ValueError(f'{path} is not in SA-1B form: no list of "annotations"')

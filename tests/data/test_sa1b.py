@@ -54,6 +54,15 @@ def test_masks_and_pixels(tmp_path: Path) -> None:
     assert sample.name == "sa_1.jpg" and sample.image.flags.writeable
 
 
+@pytest.mark.parametrize("image", [{"height": None, "width": None}, {"height": HEIGHT, "width": None}, None])
+def test_sizes_need_not_be_given(image: Any, tmp_path: Path) -> None:
+    masks = random_masks(1, 2)
+    write_pair(tmp_path, "sa_1", masks)
+    file = tmp_path / "sa_1.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image": image}))
+    np.testing.assert_array_equal(Sa1bSource(tmp_path).load(0).masks, masks)
+
+
 def test_folders_of_any_depth_sorted_by_path(tmp_path: Path) -> None:
     mask = random_masks(1, 1)
     for folder, stem in (("sa_000001", "sa_9"), ("sa_000000", "sa_7"), ("x/y", "sa_3"), ("", "sa_5")):
