@@ -136,7 +136,9 @@ class InteractiveStep:
         generator = torch.Generator(batch.images.device).manual_seed(int(rng.integers(2**62)))
         with self.autocast, torch.set_grad_enabled(self.train_encoder):
             encoded = self.model.image_encoder(self.model.preprocess(batch.images.float()))
-        embeddings = encoded.detach().requires_grad_(self.train_encoder)
+        # In float32 under autocast too: its gradient is a sum over all prompts and passes.
+        wide = torch.promote_types(encoded.dtype, torch.float32)
+        embeddings = encoded.detach().to(wide).requires_grad_(self.train_encoder)
         passes = plan_passes(settings.clicks, rng)
         columns: dict[str, Tensor] = {}
         if settings.prompted:
@@ -151,7 +153,8 @@ class InteractiveStep:
         if settings.grouping > 0:
             columns["grouping_iou"] = self._group(embeddings, batch, settings, generator, scale)
         if self.train_encoder:
-            encoded.backward(embeddings.grad)
+            assert embeddings.grad is not None
+            encoded.backward(embeddings.grad.to(encoded.dtype))
         nan = torch.full((), torch.nan, device=embeddings.device)
         return StepStatistics(**{field.name: columns.get(field.name, nan) for field in fields(StepStatistics)})
 
