@@ -107,14 +107,10 @@ def _check_folder(image: Path, output: Path) -> None:
     """
     if output.resolve() != image.parent.resolve():
         return
-    own = [
-        f"{image.stem}.json",
-        f"{image.stem}_overlay.jpg",
-        *(f.name for f in output.glob(f"{escape(image.stem)}_*.png")),
-    ]
-    for name in own:
-        if (output / name).exists():
-            raise FileExistsError(f"{output / name} exists beside the image; remove it, or choose another --output")
+    masks = output.glob(f"{escape(image.stem)}_*.png")
+    for path in (output / f"{image.stem}.json", output / f"{image.stem}_overlay.jpg", *masks):
+        if path.exists():
+            raise FileExistsError(f"{path} exists beside the image; remove it, or choose another --output")
 
 
 def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) -> dict[str, Any]:
