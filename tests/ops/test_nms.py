@@ -43,11 +43,12 @@ def random_boxes(n: int, seed: int = 0, extent: float = 100.0, side: float = 40.
 def poisoned_empty(monkeypatch):
     """torch.empty in the operation returns indices that are far out of range, so that an unwritten one shows."""
 
+    def empty(n, **options):
+        return torch.full((n,), -(2**60), **options)
+
     class PoisonedTorch:
         def __getattr__(self, name):
-            return (
-                (lambda n, dtype: torch.full((n,), -(2**60), dtype=dtype)) if name == "empty" else getattr(torch, name)
-            )
+            return empty if name == "empty" else getattr(torch, name)
 
     monkeypatch.setattr(nms_module, "torch", PoisonedTorch())
 
