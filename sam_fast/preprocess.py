@@ -23,7 +23,7 @@ from sam_fast.utils.transforms import ResizeLongestSide
 ImageLike: TypeAlias = "np.ndarray | torch.Tensor | Image.Image | str | os.PathLike[str]"
 
 _IMAGE_FORMATS = ("RGB", "BGR")
-_ORIENTATION = 0x0112  # the EXIF tag
+EXIF_ORIENTATION = 0x0112  # the tag; 5 to 8 exchange height and width
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -235,7 +235,7 @@ def _from_file(path: str | os.PathLike[str]) -> np.ndarray:
         with Image.open(path) as file:
             file.load()  # of a PNG, the EXIF may come after the pixels
             # Not ImageOps.exif_transpose: it writes the EXIF anew, which fails where some other tag is odd.
-            turn = _UPRIGHT.get(file.getexif().get(_ORIENTATION))
+            turn = _UPRIGHT.get(file.getexif().get(EXIF_ORIENTATION))
             return _from_pillow(file if turn is None else file.transpose(turn))
     except (FileNotFoundError, MemoryError):
         raise

@@ -7,29 +7,8 @@ from typing import Annotated
 
 import typer
 
+from sam_fast.cli import training_run as shared
 from sam_fast.cli.model import Device, choose_device
-from sam_fast.cli.training_run import (
-    Accumulate,
-    BatchSize,
-    Clip,
-    Ema,
-    Flip,
-    LogEvery,
-    MaxMinutes,
-    Minutes,
-    Output,
-    PictureEvery,
-    SaveEvery,
-    Seed,
-    Start,
-    Steps,
-    TrainPrecision,
-    TrainPrecisionOption,
-    WeightDecay,
-    Workers,
-    build_model,
-    run_to_the_end,
-)
 
 _BATCH_OF_PAPER = 256  # images per step, for which the paper states its learning rate
 
@@ -39,17 +18,17 @@ def pretrain(
         list[str],
         typer.Option("--data", help="A folder of images, to any depth, or what `train` takes; may be repeated."),
     ],
-    output: Output,
+    output: shared.Output,
     model_type: Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l or vit_h.")] = "vit_b",
-    checkpoint: Start = None,
+    checkpoint: shared.Start = None,
     image_size: Annotated[
         int, typer.Option("--image-size", help="Side of the images; `train` interpolates positions to its own.")
     ] = 224,
-    steps: Steps = 100_000,
-    minutes: Minutes = 0.0,
-    max_minutes: MaxMinutes = None,
-    batch_size: BatchSize = 64,
-    accumulate: Accumulate = 1,
+    steps: shared.Steps = 100_000,
+    minutes: shared.Minutes = 0.0,
+    max_minutes: shared.MaxMinutes = None,
+    batch_size: shared.BatchSize = 64,
+    accumulate: shared.Accumulate = 1,
     mask_ratio: Annotated[float, typer.Option("--mask-ratio", help="Share of the patches that are masked.")] = 0.75,
     decoder_dim: Annotated[
         int | None, typer.Option("--decoder-dim", help="Channels of the decoder.", show_default="half the encoder's")
@@ -71,19 +50,19 @@ def pretrain(
             "--warmup", help="Steps of linear warm-up.", show_default="5% of all; with --minutes at most 250 of them"
         ),
     ] = None,
-    weight_decay: WeightDecay = 0.05,
-    clip: Clip = 0.0,
-    ema: Ema = 0.0,
-    precision: TrainPrecisionOption = TrainPrecision.fp32,
+    weight_decay: shared.WeightDecay = 0.05,
+    clip: shared.Clip = 0.0,
+    ema: shared.Ema = 0.0,
+    precision: shared.TrainPrecisionOption = shared.TrainPrecision.fp32,
     crop: Annotated[
         tuple[float, float], typer.Option("--crop", help="Range of the share of a picture that is cut out.")
     ] = (0.2, 1.0),
-    flip: Flip = True,
-    seed: Seed = 0,
-    save_every: SaveEvery = 500,
-    log_every: LogEvery = 10,
-    picture_every: PictureEvery = 500,
-    workers: Workers = 2,
+    flip: shared.Flip = True,
+    seed: shared.Seed = 0,
+    save_every: shared.SaveEvery = 500,
+    log_every: shared.LogEvery = 10,
+    picture_every: shared.PictureEvery = 500,
+    workers: shared.Workers = 2,
     device: Device = None,
 ) -> None:
     """Let a SAM's image encoder learn from pictures alone, as a masked autoencoder.
@@ -100,7 +79,7 @@ def pretrain(
     if warmup is None:
         warmup = min(steps // 20, 250) if minutes else steps // 20
     with join_world(choose_device(device)) as world:
-        sam = build_model(model_type, image_size, checkpoint, seed).to(world.device)
+        sam = shared.build_model(model_type, image_size, checkpoint, seed).to(world.device)
         architecture = model_configs[model_type]
         config = PretrainConfig(
             steps=steps,
@@ -127,7 +106,7 @@ def pretrain(
             workers=workers,
         )
         trainer = Pretrainer(sam, source, config, output, world)
-        run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
+        shared.run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
 
 
 def _describe(row: Mapping[str, float]) -> str:

@@ -8,29 +8,8 @@ from typing import Annotated
 
 import typer
 
+from sam_fast.cli import training_run as shared
 from sam_fast.cli.model import Device, choose_device
-from sam_fast.cli.training_run import (
-    Accumulate,
-    BatchSize,
-    Clip,
-    Ema,
-    Flip,
-    LogEvery,
-    MaxMinutes,
-    Minutes,
-    Output,
-    PictureEvery,
-    SaveEvery,
-    Seed,
-    Start,
-    Steps,
-    TrainPrecision,
-    TrainPrecisionOption,
-    WeightDecay,
-    Workers,
-    build_model,
-    run_to_the_end,
-)
 
 
 class Schedule(str, Enum):
@@ -47,17 +26,17 @@ def train(
         list[str],
         typer.Option("--data", help="What to train on: scenes, SA-1B, COCO or mask folders; may be repeated."),
     ],
-    output: Output,
+    output: shared.Output,
     model_type: Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l or vit_h.")] = "vit_b",
-    checkpoint: Start = None,
+    checkpoint: shared.Start = None,
     image_size: Annotated[
         int | None, typer.Option("--image-size", help="Side of the model input.", show_default="the model's")
     ] = None,
-    steps: Steps = 90_000,
-    minutes: Minutes = 0.0,
-    max_minutes: MaxMinutes = None,
-    batch_size: BatchSize = 1,
-    accumulate: Accumulate = 1,
+    steps: shared.Steps = 90_000,
+    minutes: shared.Minutes = 0.0,
+    max_minutes: shared.MaxMinutes = None,
+    batch_size: shared.BatchSize = 1,
+    accumulate: shared.Accumulate = 1,
     prompts: Annotated[int, typer.Option("--prompts", help="Objects per image.")] = 64,
     smallest: Annotated[
         int, typer.Option("--smallest", help="Logit pixels (1/4 of a patch wide) that an object must cover.")
@@ -73,11 +52,11 @@ def train(
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 8e-4,
     schedule: Annotated[Schedule, typer.Option("--schedule", help="Learning rate after warm-up.")] = Schedule.step,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear warm-up.")] = 250,
-    weight_decay: WeightDecay = 0.1,
+    weight_decay: shared.WeightDecay = 0.1,
     layer_decay: Annotated[float, typer.Option("--layer-decay", help="1 where there is no pre-training.")] = 0.8,
     drop_path: Annotated[float, typer.Option("--drop-path", help="Drop rate of the last block.")] = 0.4,
-    clip: Clip = 1.0,
-    ema: Ema = 0.999,
+    clip: shared.Clip = 1.0,
+    ema: shared.Ema = 0.999,
     loss_blend: Annotated[
         int, typer.Option("--loss-blend", help="Steps from cross entropy to focal loss, when training from nothing.")
     ] = 0,
@@ -87,20 +66,20 @@ def train(
     grouping_steps: Annotated[
         int, typer.Option("--grouping-steps", help="First steps, which train nothing but that loss.")
     ] = 0,
-    precision: TrainPrecisionOption = TrainPrecision.fp32,
+    precision: shared.TrainPrecisionOption = shared.TrainPrecision.fp32,
     freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="Train prompt encoder and decoder.")] = False,
-    flip: Flip = True,
+    flip: shared.Flip = True,
     jitter: Annotated[
         tuple[float, float], typer.Option("--jitter", help="Range of random scaling, such as 0.5 2.0.")
     ] = (1.0, 1.0),
     repeats: Annotated[
         int, typer.Option("--repeats", help="Batches that each image is in, for images that are slow to load.")
     ] = 1,
-    seed: Seed = 0,
-    save_every: SaveEvery = 500,
-    log_every: LogEvery = 10,
-    picture_every: PictureEvery = 500,
-    workers: Workers = 2,
+    seed: shared.Seed = 0,
+    save_every: shared.SaveEvery = 500,
+    log_every: shared.LogEvery = 10,
+    picture_every: shared.PictureEvery = 500,
+    workers: shared.Workers = 2,
     device: Device = None,
 ) -> None:
     """Train a SAM from nothing, or fine-tune one.
@@ -147,9 +126,9 @@ def train(
     )
     source = open_sources(data)
     with join_world(choose_device(device)) as world:
-        model = build_model(model_type, image_size, checkpoint, seed).to(world.device)
+        model = shared.build_model(model_type, image_size, checkpoint, seed).to(world.device)
         trainer = Trainer(model, source, config, output, world)
-        run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
+        shared.run_to_the_end(trainer, max_minutes, output / WEIGHTS, _describe)
 
 
 def _describe(row: Mapping[str, float]) -> str:

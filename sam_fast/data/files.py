@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sam_fast.preprocess import read_image
+from sam_fast.preprocess import EXIF_ORIENTATION, read_image
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-
-_ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 exchange height and width
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -51,7 +49,7 @@ def read_annotated_image(
     """
     try:
         with Image.open(path) as file:
-            orientation = file.getexif().get(_ORIENTATION, 1)
+            orientation = file.getexif().get(EXIF_ORIENTATION, 1)
             image = read_image(path) if upright else read_image(file)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}, which {os.fspath(annotated_in)} describes, does not exist") from error

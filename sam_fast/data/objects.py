@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sam_fast.data.draws import cumulative_shares, draw_index, pick
 from sam_fast.data.shapes import (
     LETTERS,
     Contour,
@@ -18,14 +19,11 @@ from sam_fast.data.shapes import (
     Shape,
     box,
     circle,
-    cumulative_shares,
     densify,
     draw_family,
-    draw_index,
     ellipse,
     glyph_width,
     glyphs,
-    pick,
     rounded_box,
     strip,
 )

@@ -13,9 +13,10 @@ import numpy as np
 
 from sam_fast.data.canvas import Canvas, Region, Style
 from sam_fast.data.degrade import degrade
+from sam_fast.data.draws import pick
 from sam_fast.data.objects import Part, make_object
 from sam_fast.data.sample import Sample, choose_masks
-from sam_fast.data.shapes import Contour, Placement, Shape, pick, ragged_line
+from sam_fast.data.shapes import Contour, Placement, Shape, ragged_line
 from sam_fast.data.textures import cut, palette, texture_bank
 
 LEAST_AREA = 48 / 256**2  # smaller visible regions have no mask, as a share of the image

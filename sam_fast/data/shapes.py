@@ -7,14 +7,15 @@ the scene's frame, 0 .. 1 in both, whatever the number of pixels.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sam_fast.data.draws import cumulative_shares, draw_index, pick
 
 HELD_OUT_FAMILIES = ("gear", "petal")  # only drawn where held_out=True, so that evaluation meets new geometry
 
@@ -37,22 +38,6 @@ class Glyphs:
 
 Shape = list[Contour | Glyphs]
 Family = Callable[[np.random.Generator], Shape]
-
-
-def pick(rng: np.random.Generator, options: Sequence[float]) -> float:
-    """The same as `rng.choice(options)`, without making an array first."""
-    return options[int(rng.integers(len(options)))]
-
-
-def draw_index(rng: np.random.Generator, bounds: Sequence[float]) -> int:
-    """The same as `rng.choice(len(weights), p=weights / sum(weights))`; `bounds` are `cumulative_shares(weights)`."""
-    return bisect_right(bounds, rng.random())
-
-
-def cumulative_shares(weights: Sequence[float]) -> tuple[float, ...]:
-    """Running sums of weights, the last one 1, to the bit as `numpy.random.Generator.choice` makes them."""
-    sums = (np.array(weights) / np.array(weights).sum()).cumsum()
-    return tuple((sums / sums[-1]).tolist())
 
 
 @dataclass(frozen=True)

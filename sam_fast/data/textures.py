@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam_fast.data.shapes import pick
+from sam_fast.data.draws import pick
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TRAINING_PHOTOS = ASSETS / "textures"

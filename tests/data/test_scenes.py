@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_fast.data import objects, scenes, shapes, textures
+from sam_fast.data import draws, objects, scenes, shapes, textures
 from sam_fast.data.canvas import Canvas, Style
 from sam_fast.data.objects import Part
 from sam_fast.data.sample import Sample
@@ -272,10 +272,10 @@ def test_a_crop_stays_inside_its_picture() -> None:
 @pytest.mark.parametrize("weights", [(1.0,), (5.0, 1.6, 0.7, 0.5), (0.1,) * 12])
 def test_own_choices_are_those_of_numpy(weights: tuple[float, ...]) -> None:
     ours, numpys = np.random.default_rng(0), np.random.default_rng(0)
-    shares, bounds = np.array(weights) / np.array(weights).sum(), shapes.cumulative_shares(weights)
+    shares, bounds = np.array(weights) / np.array(weights).sum(), draws.cumulative_shares(weights)
     for _ in range(200):
-        assert shapes.draw_index(ours, bounds) == numpys.choice(len(weights), p=shares)
-        assert shapes.pick(ours, weights) == numpys.choice(weights)
+        assert draws.draw_index(ours, bounds) == numpys.choice(len(weights), p=shares)
+        assert draws.pick(ours, weights) == numpys.choice(weights)
     assert ours.random() == numpys.random()
 
 
