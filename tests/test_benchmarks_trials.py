@@ -166,17 +166,18 @@ def test_training(tmp_path, monkeypatch):
     parts = [case.removeprefix("narrow 64 px, 1 images of 2 prompts, ") for case in rows]
     assert parts == [
         "the whole step",
+        "the whole step, recorded",
         "the encoder",
         "the encoder and first prompts",
         "the encoder and grouping",
         "the update",
     ]
-    whole, encoder, prompts, grouping, update = rows.values()
+    whole, recorded, encoder, prompts, grouping, update = rows.values()
     backward = "aten::native_layer_norm_backward"
     launches = [float(found[backward]["rate"]) for found in (encoder, prompts, whole)]
     assert launches == sorted(set(launches)), "more with each part"
     assert "aten::_fused_adamw_" in whole and "aten::_fused_adamw_" in update and backward not in update
-    assert backward in grouping
+    assert backward in grouping and backward in recorded
     assert sum(line.startswith("training") for line in lines) == len(rows)
 
 

@@ -19,6 +19,7 @@ from sam_fast.modeling import Sam
 from sam_fast.training.batches import TrainingBatch, TrainingBatches
 from sam_fast.training.initialise import initialise_weights
 from sam_fast.training.optim import MovingAverage, clip_gradients, parameter_groups
+from sam_fast.training.recorded import RecordedStep
 from sam_fast.training.step import InteractiveStep, StepSettings
 
 _SEED = 0
@@ -69,8 +70,8 @@ def _batch(case: Case, model: Sam) -> TrainingBatch:
 
 
 def _parts(case: Case, model: Sam, batch: TrainingBatch, device: torch.device) -> dict[str, Callable[[int], object]]:
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-    step = InteractiveStep(model.train(), train_encoder=True, autocast=autocast)
+    half = torch.bfloat16 if device.type == "cuda" else None
+    step = InteractiveStep(model.train(), train_encoder=True, half=half)
     groups = parameter_groups(model, model.image_encoder, weight_decay=0.05, layer_decay=1.0)
     optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
     average = MovingAverage(model, 0.99)
@@ -82,7 +83,7 @@ def _parts(case: Case, model: Sam, batch: TrainingBatch, device: torch.device) -
 
     def encode(i: int) -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half is not None):
             embeddings = model.image_encoder(model.preprocess(batch.images.float()))
         embeddings.backward(torch.ones_like(embeddings))
 
@@ -98,8 +99,18 @@ def _parts(case: Case, model: Sam, batch: TrainingBatch, device: torch.device) -
         learn(StepSettings(clicks=case.clicks, refined=case.refined, grouping=0.7), i)
         update(i)
 
+    recorded = RecordedStep(step)
+
+    def replay(i: int) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(i)
+        settings = StepSettings(clicks=case.clicks, refined=case.refined, grouping=0.7)
+        recorded(batch, settings, np.random.default_rng(0))  # one place of the pass without a click, so one recording
+        update(i)
+
     return {
         "the whole step": whole,
+        "the whole step, recorded": replay,
         "the encoder": encode,
         "the encoder and first prompts": partial(learn, StepSettings(clicks=0)),
         "the encoder and grouping": partial(learn, StepSettings(clicks=0, prompted=False, grouping=0.7)),

@@ -67,6 +67,7 @@ def train(
         int, typer.Option("--grouping-steps", help="First steps, which train nothing but that loss.")
     ] = 0,
     precision: shared.TrainPrecisionOption = shared.TrainPrecision.fp32,
+    graphs: Annotated[bool, typer.Option("--graphs", help="On a GPU, record steps as CUDA graphs.")] = False,
     freeze_encoder: Annotated[bool, typer.Option("--freeze-encoder", help="Train prompt encoder and decoder.")] = False,
     flip: shared.Flip = True,
     jitter: Annotated[
@@ -114,6 +115,7 @@ def train(
         grouping=grouping,
         grouping_steps=grouping_steps,
         precision=precision.value,
+        graphs=graphs,
         freeze_encoder=freeze_encoder,
         flip=flip,
         jitter=jitter,

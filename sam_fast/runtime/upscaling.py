@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sam_fast.modeling import MaskDecoder
 from sam_fast.modeling.layers import LayerNorm2d
-from sam_fast.ops.upscale_masks import Upscaling, from_squares, upscale_masks, upscaled_squares
+from sam_fast.ops.upscale_masks import Upscaling, from_squares, upscaled_squares
 
 
 def can_upscale_by_products(upscaling: nn.Sequential) -> bool:
@@ -35,8 +35,8 @@ def masks_by_products(decoder: MaskDecoder, mask_tokens: Tensor, image: Tensor, 
         logits [N, len(chosen), 4h, 4w].
     """
     classifiers = [decoder.output_hypernetworks_mlps[index](mask_tokens[:, index]) for index in chosen]
-    weights = upscaling_weights(decoder.output_upscaling)
-    return upscale_masks(image.permute(0, 2, 3, 1), weights, torch.stack(classifiers, dim=1), backend="torch")
+    pixels = upscaled_squares(image.permute(0, 2, 3, 1), upscaling_weights(decoder.output_upscaling))
+    return from_squares(pixels @ torch.stack(classifiers, dim=2), image.shape[-2:])
 
 
 def upscale_by_products(upscaling: nn.Sequential, image: Tensor) -> Tensor:

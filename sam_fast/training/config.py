@@ -33,7 +33,8 @@ class TrainConfig:
         loss_blend: steps over which the loss passes from cross entropy to focal, for training from nothing; 0 for none.
         grouping: weight of `losses.grouping_loss`, for training from nothing.
         grouping_steps: first steps, which train nothing but the grouping.
-        precision: fp32, or bf16 for autocast.
+        precision: fp32 or bf16; see `step.InteractiveStep`.
+        graphs: on a GPU, record steps as CUDA graphs; see `recorded.RecordedStep`.
         freeze_encoder: leave the image encoder as it is.
         flip: mirror images at random.
         jitter: range of random scaling; see `batches.Augmentation`.
@@ -68,6 +69,7 @@ class TrainConfig:
     grouping: float = 0.0
     grouping_steps: int = 0
     precision: str = "fp32"
+    graphs: bool = False
     freeze_encoder: bool = False
     flip: bool = True
     jitter: tuple[float, float] = (1.0, 1.0)

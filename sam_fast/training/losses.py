@@ -153,7 +153,7 @@ def grouping_loss(
     return mask_loss(logits, targets, valid, blend=0.0).mean(), true_iou(logits, targets, valid).mean()
 
 
-def draw_anchors(regions: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw_anchors(regions: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Draw pixels of regions [B, s, s], not in the padding, to compare others with: int64 [B, count].
 
     A region is drawn as often as the square root of its area says: small ones count, and large ones count more.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,20 @@ class MovingAverage:
         """Continue from saved averages."""
         for name, tensor in self.tensors.items():
             tensor.copy_(state[name])
+
+
+@torch.no_grad()
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """Add copies of gradients, of whatever precision, to those of the parameters, by a few launches for all."""
+    own = [torch.empty_like(parameter) for parameter in parameters]
+    torch._foreach_copy_(own, list(gradients))
+    pairs = list(zip(parameters, own, strict=True))
+    there = [(parameter.grad, gradient) for parameter, gradient in pairs if parameter.grad is not None]
+    if there:
+        torch._foreach_add_([grad for grad, _ in there], [gradient for _, gradient in there])
+    for parameter, gradient in pairs:
+        if parameter.grad is None:
+            parameter.grad = gradient
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:

@@ -50,7 +50,7 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def error_clicks(
-    logits: Tensor, targets: Tensor, scale: int, generator: torch.Generator, valid: Tensor | None = None
+    logits: Tensor, targets: Tensor, scale: int, generator: torch.Generator | None, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Clicks drawn uniformly from where the masks are wrong: foreground where they miss, background where they spill.
 
@@ -60,7 +60,7 @@ def error_clicks(
         logits: [N, h, w], low-resolution logits of the last pass.
         targets: [N, h, w], 0 or 1, at the same resolution.
         scale: side of a low-resolution pixel in pixels of the model input.
-        generator: of the device of `logits`.
+        generator: of the device of `logits`; PyTorch's own one without it.
         valid: [N, h, w], 1 where clicks may fall; everywhere without it.
 
     Returns:

@@ -5,7 +5,6 @@ Source: Kirillov et al., "Segment Anything", 2023, appendix A, "Training algorit
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sam_fast.modeling import Sam
-from sam_fast.runtime.upscaling import masks_by_products, upscale_by_products
+from sam_fast.runtime.upscaling import upscale_by_products
 from sam_fast.training.batches import TrainingBatch
+from sam_fast.training.decoding import Prompts, TrainedDecoder
 from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
 
@@ -67,16 +67,30 @@ class StepStatistics:
     grouping_iou: Tensor
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """What is drawn on the host before a step. All shapes follow from the settings, none from what was drawn.
+
+    Attributes:
+        boxed: bool [B, K], objects whose first prompt is a box.
+        refined: int64 [B, k], ascending numbers of the objects that are corrected.
+        passes: see `plan_passes`.
+    """
+
+    boxed: Tensor
+    refined: Tensor
+    passes: tuple[bool, ...]
+
+
 @dataclass
 class _Objects:
-    """N objects of one or several images, and every prompt given so far. Those with a box come first."""
+    """N = B K objects, K of each of B images, image by image, and every prompt given so far."""
 
-    image: Tensor | None  # [N], which image of several each lies in; None if there is one
     targets: Tensor  # [N, s, s]
-    valid: Tensor  # [1, s, s] of the one image, or [N, s, s]; False in the padding
-    boxes: Tensor  # [n, 4], of the first n objects
-    coords: Tensor  # [N, K, 2]
-    labels: Tensor  # [N, K]
+    valid: Tensor  # [N, s, s], False in the padding
+    boxed: Tensor  # bool [N], whether the first prompt is a box
+    coords: Tensor  # [N, T, 2]
+    labels: Tensor  # [N, T], see `decoding.Prompts`
     mask_input: Tensor | None = None  # [N, 1, s, s], logits of the last pass
 
     @property
@@ -84,12 +98,9 @@ class _Objects:
         """Whether nothing but the first prompt was given, so that its meaning may be ambiguous."""
         return self.mask_input is None
 
-    def select(self, rows: Tensor, boxed: int) -> _Objects:
-        """The objects at ascending indices `rows`, of which the first `boxed` have a box, before any correction."""
-        image = None if self.image is None else self.image[rows]
-        valid = self.valid if self.image is None else self.valid[rows]
-        boxes = self.boxes[rows[:boxed]]
-        return _Objects(image, self.targets[rows], valid, boxes, self.coords[rows], self.labels[rows])
+    def select(self, rows: Tensor) -> _Objects:
+        """The objects at indices `rows`, as many of each image, before any correction."""
+        return _Objects(self.targets[rows], self.valid[rows], self.boxed[rows], self.coords[rows], self.labels[rows])
 
 
 class InteractiveStep:
@@ -103,24 +114,21 @@ class InteractiveStep:
     """
 
     def __init__(
-        self,
-        model: Sam,
-        *,
-        train_encoder: bool,
-        autocast: AbstractContextManager[object],
-        together: int | None = None,
+        self, model: Sam, *, train_encoder: bool, half: torch.dtype | None = None, together: int | None = None
     ) -> None:
         """
         Args:
             model: the Sam to train, in training mode.
             train_encoder: whether the image encoder gets gradients.
-            autocast: context in which the model is run.
+            half: 16-bit floats to compute in: the encoder by autocast, the decoder as `TrainedDecoder` says. None
+                computes in the precision of the weights.
             together: images that pass the decoder together; by default 1 on a CPU, and what memory allows on a GPU.
         """
         self.model = model
         self.train_encoder = train_encoder
-        self.autocast = autocast
+        self.half = half
         self.together = together
+        self._decoder = TrainedDecoder(model, half)
 
     def __call__(
         self, batch: TrainingBatch, settings: StepSettings, rng: np.random.Generator, scale: float = 1.0
@@ -134,22 +142,29 @@ class InteractiveStep:
             scale: factor of the gradients, 1 / number of accumulated batches.
         """
         generator = torch.Generator(batch.images.device).manual_seed(int(rng.integers(2**62)))
-        with self.autocast, torch.set_grad_enabled(self.train_encoder):
+        return self.follow(draw_plan(batch, settings, rng), batch, settings, generator, scale)
+
+    def follow(
+        self,
+        plan: StepPlan,
+        batch: TrainingBatch,
+        settings: StepSettings,
+        generator: torch.Generator | None,
+        scale: float = 1.0,
+    ) -> StepStatistics:
+        """The step once it is planned (arguments: `__call__`): nothing waits for the device, or depends on its numbers.
+
+        Args:
+            generator: of clicks and anchors; PyTorch's own one without it.
+        """
+        with self._autocast(batch), torch.set_grad_enabled(self.train_encoder):
             encoded = self.model.image_encoder(self.model.preprocess(batch.images.float()))
         # In float32 under autocast too: its gradient is a sum over all prompts and passes.
         wide = torch.promote_types(encoded.dtype, torch.float32)
         embeddings = encoded.detach().to(wide).requires_grad_(self.train_encoder)
-        passes = plan_passes(settings.clicks, rng)
         columns: dict[str, Tensor] = {}
         if settings.prompted:
-            together = self.together or _images_together(batch, embeddings)
-            shares = []
-            for first in range(0, len(embeddings), together):
-                images = range(first, min(first + together, len(embeddings)))
-                share = len(images) / len(embeddings)
-                found = self._prompt(embeddings, batch, images, passes, settings, rng, generator, scale * share)
-                shares.append(share * torch.stack(list(found.values())))
-            columns = dict(zip(found, torch.stack(shares).sum(0), strict=True))
+            columns = self._prompt_all(embeddings, batch, plan, settings, generator, scale)
         if settings.grouping > 0:
             columns["grouping_iou"] = self._group(embeddings, batch, settings, generator, scale)
         if self.train_encoder:
@@ -158,42 +173,69 @@ class InteractiveStep:
         nan = torch.full((), torch.nan, device=embeddings.device)
         return StepStatistics(**{field.name: columns.get(field.name, nan) for field in fields(StepStatistics)})
 
+    def _autocast(self, batch: TrainingBatch) -> torch.autocast:
+        return torch.autocast(batch.images.device.type, self.half or torch.bfloat16, enabled=self.half is not None)
+
     def _group(
-        self, embeddings: Tensor, batch: TrainingBatch, settings: StepSettings, generator: torch.Generator, scale: float
+        self,
+        embeddings: Tensor,
+        batch: TrainingBatch,
+        settings: StepSettings,
+        generator: torch.Generator | None,
+        scale: float,
     ) -> Tensor:
         """Teach the encoder which pixels belong together, from all embeddings [B, C, h, w]: the IoU of the groups."""
         anchors = draw_anchors(batch.regions, _ANCHORS, generator)
-        with self.autocast:
+        with self._autocast(batch):
             upscaled = upscale_by_products(self.model.mask_decoder.output_upscaling, embeddings)
         loss, iou = grouping_loss(upscaled, batch.regions, anchors)
         (gradient,) = torch.autograd.grad(scale * settings.grouping * loss, embeddings)  # of nothing in the decoder
         embeddings.grad = gradient if embeddings.grad is None else embeddings.grad + gradient
         return iou
 
-    def _prompt(
+    def _prompt_all(
         self,
         embeddings: Tensor,
         batch: TrainingBatch,
-        images: range,
-        passes: list[bool],
+        plan: StepPlan,
         settings: StepSettings,
-        rng: np.random.Generator,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
         scale: float,
     ) -> dict[str, Tensor]:
-        """All passes over the objects of some images of embeddings [B, C, h, w]: the means over these objects."""
-        embedding = embeddings[images.start : images.stop]
-        objects, order = _first_prompts(batch, images, settings, rng)
+        """All passes over all objects, some images of embeddings [B, C, h, w] at a time: means over objects."""
+        together = self.together or _images_together(batch, embeddings)
+        self._decoder.begin()
+        names: list[str] = []
+        sums = torch.zeros((), device=embeddings.device)
+        for first in range(0, len(embeddings), together):
+            images = slice(first, min(first + together, len(embeddings)))
+            share = (images.stop - images.start) / len(embeddings)
+            found = self._prompt(embeddings[images], batch, images, plan, settings, generator, scale * share)
+            names, sums = list(found), sums + share * torch.stack(list(found.values()))
+        return dict(zip(names, sums, strict=True))
+
+    def _prompt(
+        self,
+        embedding: Tensor,
+        batch: TrainingBatch,
+        images: slice,
+        plan: StepPlan,
+        settings: StepSettings,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> dict[str, Tensor]:
+        """All passes over the objects of some images, `embedding` [B, C, h, w]: the means over these objects."""
+        objects = _first_prompts(batch, images, plan.boxed[images])
         loss, logits, predicted = self._learn(embedding, objects, settings, scale)
         confident = _gather(loss.iou, predicted.argmax(1))
         best, iou_error = loss.iou.max(1).values, (predicted - loss.iou).abs()
         total, last = loss.total.mean(), confident
-        if passes:
-            rows = _draw_refined(order, len(images), settings.refined, rng)
-            boxed = int((rows < len(objects.boxes)).sum())
-            chosen = _to_device(rows, predicted.device)
-            objects, logits, predicted = objects.select(chosen, boxed), logits[chosen], predicted[chosen]
-        for new_click in passes:
+        if plan.passes:
+            refined = plan.refined[images]
+            first_of_image = plan.boxed.shape[1] * torch.arange(len(refined), device=refined.device)
+            chosen = (refined + first_of_image[:, None]).flatten()
+            objects, logits, predicted = objects.select(chosen), logits[chosen], predicted[chosen]
+        for new_click in plan.passes:
             _feed_back(objects, logits, predicted, new_click, generator, scale=batch.scale)
             loss, logits, predicted = self._learn(embedding, objects, settings, scale * settings.correction_weight)
             total, last = total + settings.correction_weight * loss.total.mean(), loss.iou[:, 0]
@@ -208,49 +250,28 @@ class InteractiveStep:
     def _learn(
         self, embedding: Tensor, objects: _Objects, settings: StepSettings, scale: float
     ) -> tuple[PromptLoss, Tensor, Tensor]:
-        """One pass of the decoder, back-propagated: its loss, logits [N, M, s, s] and predicted IoU [N, M]."""
-        with self.autocast:
-            logits, predicted = self._decode(embedding, objects)
-        joint, boxed = torch.zeros((), device=logits.device), len(objects.boxes)
-        valid = objects.valid
+        """One pass of the decoder, back-propagated: its loss, logits [N, M, s, s] and predicted IoU [N, M].
+
+        For several prompts the single mask is trained; for one prompt the three others, and if it is a box the single
+        one too.
+        """
+        several, boxes = self.model.mask_decoder.num_multimask_outputs, settings.box_share > 0
+        chosen = range(0 if boxes else 1, several + 1) if objects.single_prompt else range(1)
+        logits, predicted = self._decode(embedding, objects, chosen)
+        joint = torch.zeros((), device=logits.device)
         if objects.single_prompt:
-            if boxed:
+            if boxes:
                 # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
-                single = prompt_loss(
-                    logits[:boxed, :1], predicted[:boxed, :1], objects.targets[:boxed], valid[:boxed], settings.blend
-                )
-                joint = single.total.sum() / len(logits)
-            several = self.model.mask_decoder.num_multimask_outputs
+                single = prompt_loss(logits[:, :1], predicted[:, :1], objects.targets, objects.valid, settings.blend)
+                joint = (single.total * objects.boxed).mean()
             logits, predicted = logits[:, -several:], predicted[:, -several:]
-        loss = prompt_loss(logits, predicted, objects.targets, valid, settings.blend)
-        (scale * (joint + loss.total.mean())).backward()
+        loss = prompt_loss(logits, predicted, objects.targets, objects.valid, settings.blend)
+        self._decoder.backward(scale * (joint + loss.total.mean()))
         return loss, logits.detach().float(), predicted.detach().float()
 
-    def _decode(self, embedding: Tensor, objects: _Objects) -> tuple[Tensor, Tensor]:
-        """The masks to train, logits [N, M, s, s] and predicted IoU [N, M], from the embedding of each image.
-
-        For several prompts the single one; for one prompt the three others, behind the single one if there are boxes.
-        """
-        encoder, decoder, boxed = self.model.prompt_encoder, self.model.mask_decoder, len(objects.boxes)
-        sparse = []
-        with torch.autocast(embedding.device.type, enabled=False):  # bfloat16 would move points by a pixel
-            if boxed:
-                points = None if objects.single_prompt else (objects.coords[:boxed, 1:], objects.labels[:boxed, 1:])
-                sparse.append(encoder(points=points, boxes=objects.boxes, masks=None)[0])
-            if boxed < len(objects.targets):
-                points = objects.coords[boxed:], objects.labels[boxed:]
-                sparse.append(encoder(points=points, boxes=None, masks=None)[0])
-            places = encoder.get_dense_pe()
-        dense = encoder(points=None, boxes=None, masks=objects.mask_input)[1]
-        tokens, image, iou = decoder.predict_tokens(
-            image_embeddings=embedding if objects.image is None else embedding[objects.image],
-            image_pe=places,
-            sparse_prompt_embeddings=torch.cat(sparse),
-            dense_prompt_embeddings=dense,
-        )
-        start = 1 if objects.single_prompt and not boxed else 0
-        chosen = range(start, decoder.num_mask_tokens if objects.single_prompt else 1)
-        return masks_by_products(decoder, tokens, image, chosen), iou[:, chosen.start : chosen.stop]
+    def _decode(self, embedding: Tensor, objects: _Objects, chosen: range) -> tuple[Tensor, Tensor]:
+        """Logits [N, M, s, s] and predicted IoU [N, M] of the M chosen masks, from the embedding of each image."""
+        return self._decoder(embedding, Prompts(objects.coords, objects.labels, objects.mask_input), chosen)
 
 
 def _feed_back(
@@ -258,7 +279,7 @@ def _feed_back(
     logits: Tensor,
     predicted: Tensor,
     new_click: bool,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     *,
     scale: int,
 ) -> None:
@@ -271,40 +292,35 @@ def _feed_back(
         objects.labels = torch.cat([objects.labels, labels[:, None]], dim=1)
 
 
-def _first_prompts(
-    batch: TrainingBatch, images: range, settings: StepSettings, rng: np.random.Generator
-) -> tuple[_Objects, np.ndarray]:
-    """The objects of some images, a random share of them with a box, the others with a point.
-
-    Returns:
-        the objects, and where each stood before those with a box came first: image by image, K of each.
-    """
-    K, side = batch.targets.shape[1:3]
+def draw_plan(batch: TrainingBatch, settings: StepSettings, rng: np.random.Generator) -> StepPlan:
+    """Draw which objects of each image begin with a box, which are corrected, and when the masks alone are fed back."""
+    B, K = batch.targets.shape[:2]
+    passes = tuple(plan_passes(settings.clicks, rng))
+    boxed = rng.random((B, K)) < settings.box_share
+    every = np.broadcast_to(np.arange(K), (B, K))
+    refined = np.sort(rng.permuted(every, axis=1)[:, : settings.refined], axis=1)
     device = batch.images.device
-    with_box = rng.random(len(images) * K) < settings.box_share
-    boxed, order = int(with_box.sum()), np.argsort(~with_box, kind="stable")
-    rows = _to_device(images.start * K + order, device)
+    return StepPlan(_to_device(boxed, device), _to_device(refined, device), passes)
+
+
+def _first_prompts(batch: TrainingBatch, images: slice, boxed: Tensor) -> _Objects:
+    """The objects of some images, with a box where `boxed`, bool [B, K], says so, the others with a point."""
+    B, K, side = batch.targets[images].shape[:3]
+    device = batch.images.device
     pixels = batch.scale * torch.arange(side, device=device)
-    heights, widths = batch.sizes[images.start : images.stop].unbind(1)
+    heights, widths = batch.sizes[images].unbind(1)
     valid = (pixels < heights[:, None])[:, :, None] & (pixels < widths[:, None])[:, None]
-    image = None if len(images) == 1 else rows // K - images.start
-    objects = _Objects(
-        image=image,
-        targets=batch.targets.flatten(0, 1)[rows],
-        valid=valid if image is None else valid[image],
-        boxes=batch.boxes.flatten(0, 1)[rows[:boxed]],
-        # An object with a box has no first point: its column is there, and left out when prompts are encoded.
-        coords=batch.points.flatten(0, 1)[rows][:, None],
-        labels=torch.ones(len(order), 1, dtype=torch.int64, device=device),
+    box = boxed.flatten()
+    corners = batch.boxes[images].reshape(-1, 2, 2)
+    point = batch.points[images].reshape(-1, 1, 2)
+    place = torch.arange(2, device=device)
+    return _Objects(
+        targets=batch.targets[images].flatten(0, 1),
+        valid=valid[:, None].expand(B, K, side, side).flatten(0, 1),
+        boxed=box,
+        coords=torch.where(box[:, None, None], corners, point),
+        labels=torch.where(box[:, None], 2 + place, 1 - 2 * place),  # two corners, or a point and padding
     )
-    return objects, order
-
-
-def _draw_refined(order: np.ndarray, images: int, refined: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Draw `refined` objects of each image to correct (None: all): ascending rows, see `_first_prompts` for `order`."""
-    K = len(order) // images
-    rows_of = np.argsort(order // K, kind="stable").reshape(images, K)
-    return np.sort(np.concatenate([rng.permutation(rows)[:refined] for rows in rows_of]))
 
 
 def _images_together(batch: TrainingBatch, embeddings: Tensor) -> int:
@@ -314,9 +330,9 @@ def _images_together(batch: TrainingBatch, embeddings: Tensor) -> int:
     return max(1, _TOGETHER // (batch.targets.shape[1] * embeddings[0, 0].numel()))
 
 
-def _to_device(indices: np.ndarray, device: torch.device) -> Tensor:
-    """The same indices as a tensor, without waiting for the device."""
-    return torch.from_numpy(indices).to(device, non_blocking=True)
+def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """The same values as a tensor, without waiting for the device."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

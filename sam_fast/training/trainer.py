@@ -19,6 +19,7 @@ from sam_fast.training.config import TrainConfig
 from sam_fast.training.distributed import World
 from sam_fast.training.logs import draw_predictions
 from sam_fast.training.optim import set_drop_path
+from sam_fast.training.recorded import RecordedStep
 from sam_fast.training.run import TrainingRun, replace_file
 from sam_fast.training.step import InteractiveStep, StepSettings, StepStatistics
 
@@ -54,8 +55,9 @@ class Trainer(TrainingRun[TrainConfig, TrainingBatch]):
         super().__init__(model, model.image_encoder, config, output, world)
         self.sam = model
         self._source = source
-        autocast = torch.autocast(self.world.device.type, torch.bfloat16, enabled=config.precision == "bf16")
-        self._interactive = InteractiveStep(model, train_encoder=not config.freeze_encoder, autocast=autocast)
+        half = torch.bfloat16 if config.precision == "bf16" else None
+        step = InteractiveStep(model, train_encoder=not config.freeze_encoder, half=half)
+        self._interactive = RecordedStep(step) if config.graphs else step
 
     def batches(self, length: int) -> TrainingBatches:
         config = self.config
