@@ -56,7 +56,8 @@ def upscale(
 
     Args:
         logits: output, float32 [K, 4h, 4w].
-        rows: int32 [N, M], which of the K rows a mask goes to, -1 for none; or None for the K = N M masks in order.
+        rows: int32 [N, M], which of the K rows a mask goes to, -1 or K and more for none; or None for the K = N M masks
+            in order.
         image: [N, P, C], P = h w.
         width: w.
         first: weight [4 C1, C] and bias [C1]. All of these are contiguous and, with the image, of one type.
@@ -73,13 +74,13 @@ def upscale(
     each = triton.cdiv(tiles * N, 4 * programs_at_a_time(image.device))  # many, for those of skipped prompts are short
     upscale_kernel[(N, triton.cdiv(tiles, each))](
         *(logits, rows, boxes(image, launch.pixels) if launch.boxes else image),
-        *(*first, *norm, *second, classifiers, P, width, M, each),
+        *(*first, *norm, *second, classifiers, P, width, M, logits.numel() // (16 * P), each),
         **_constants(C, M, image.dtype, launch),
         **launch.options(),
     )
 
 
-@triton.jit(do_not_specialize=["M", "tiles_each"])
+@triton.jit(do_not_specialize=["M", "K", "tiles_each"])
 def upscale_kernel(
     logits,  # float32 [K, 4h, 4w]
     rows,  # int32 [N, M] or None
@@ -95,6 +96,7 @@ def upscale_kernel(
     P,
     width,
     M,
+    K,
     tiles_each,
     C: tl.constexpr,
     C1: tl.constexpr,
@@ -109,7 +111,7 @@ def upscale_kernel(
     row = prompt * M + m
     if rows is not None:
         row = tl.load(rows + row, mask=m < M, other=-1).to(tl.int64)
-    row = tl.where((m < M) & (row < tl.num_programs(0) * M), row, -1)
+    row = tl.where((m < M) & (row < K), row, -1)
     if tl.max(row, 0) < 0:
         return
     # Classifiers [2 C2, 2 MASKS]: those of a column of the second square meet pixels of that column.
@@ -209,7 +211,7 @@ def _variant(architecture: int, dtype: torch.dtype, masks: int, chosen: bool) ->
     names = ("image", "first_weight", "first_bias", "second_weight", "second_bias")
     signature = {"logits": "*fp32:16", "classifiers": "*fp32:16", **dict.fromkeys(names, f"*{kind}:16"), "eps": "fp32"}
     signature |= {"norm_weight": "*fp32:16", "norm_bias": "*fp32:16", "P": "i32:16", "width": "i32:16"}
-    signature |= {"M": "i32", "tiles_each": "i32"}
+    signature |= {"M": "i32", "K": "i32", "tiles_each": "i32"}
     constants = _constants(MOST_CHANNELS, masks, dtype, launch)
     if launch.boxes:
         signature["image"] = box_type(kind, launch.pixels, MOST_CHANNELS, flat=False)

@@ -39,7 +39,13 @@ class Upscaling(NamedTuple):
 
 
 def upscale_masks(
-    image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tensor | None = None, *, backend: str = "auto"
+    image: Tensor,
+    upscaling: Upscaling,
+    classifiers: Tensor,
+    rows: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Logits of masks: convolution, LayerNorm, GELU, convolution, GELU, and a linear classifier per mask.
 
@@ -49,12 +55,15 @@ def upscale_masks(
         classifiers: [N, M, C2].
         rows: which masks are wanted, and where: int32 [N, M], the row of the result that each goes to, no two the same,
             or -1. Prompts without a wanted mask cost nothing, and with Triton nobody waits to learn which these are.
+        out: where logits are written, contiguous, of the type and shape below; with `rows` [K, 4h, 4w] with K larger
+            than any row. None makes one.
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
             half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
             to a quarter and an eighth, and up to 16 masks. What they do not take, auto leaves to PyTorch.
 
     Returns:
-        [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is undefined.
+        `out`: [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is
+        undefined, or as it was in an `out` that was given.
 
     Raises:
         ValueError: shapes do not fit, or the backend that was asked for cannot take these.
@@ -63,9 +72,17 @@ def upscale_masks(
         raise ValueError(f"got images {list(image.shape)} and classifiers {list(classifiers.shape)} of other weights")
     if rows is not None and (rows.shape != classifiers.shape[:2] or rows.dtype != torch.int32):
         raise ValueError(f"rows must be int32 {list(classifiers.shape[:2])}, got {rows.dtype} {list(rows.shape)}")
-    if torch.compiler.is_compiling():
-        return torch.ops.sam_fast.upscale_masks(image, *upscaling, classifiers, rows, backend)
-    return _upscale_masks(image, *upscaling, classifiers, rows, backend)
+    arguments = image, *upscaling, classifiers, rows, backend
+    if out is None:
+        run = torch.ops.sam_fast.upscale_masks if torch.compiler.is_compiling() else _upscale_masks
+        return run(*arguments)
+    shape, dtype = _like(*arguments)
+    shape = shape if rows is None else (*out.shape[:1], *shape[1:])
+    if out.shape != shape or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous {dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
+    write = torch.ops.sam_fast.upscale_masks_into if torch.compiler.is_compiling() else _upscale_masks_into
+    write(out, *arguments)
+    return out
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
@@ -114,25 +131,36 @@ def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str
 
 
 def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:
+    return _upscale(None, image, *rest)
+
+
+def _upscale_masks_into(logits: Tensor, image: Tensor, *rest: Any) -> None:
+    _upscale(logits, image, *rest)
+
+
+def _upscale(out: Tensor | None, image: Tensor, *rest: Any) -> Tensor:
     *weights, classifiers, rows, backend = rest
     upscaling = Upscaling(*weights)
-    tensors = [x for x in (*upscaling, rows) if isinstance(x, Tensor)]
+    tensors = [x for x in (*upscaling, rows, out) if isinstance(x, Tensor)]
     takes = _takes(image, upscaling, classifiers)
     chosen = choose_backend("upscale_masks", backend, image, classifiers, *tensors, takes=takes)
+    if chosen == "torch" and rows is None:
+        made = upscale_masks_reference(image, upscaling, classifiers)
+        return made if out is None else out.copy_(made)
+    logits = _upscale_masks_fake(image, *rest) if out is None else out
     if chosen == "triton":
-        return _launch(image, upscaling, classifiers, rows)
-    run = upscale_masks_reference if chosen == "torch" else _upscale_natively
-    if rows is None:
-        return run(image, upscaling, classifiers)
-    logits = _upscale_masks_fake(image, *rest)
-    prompts = (rows >= 0).any(dim=1)
-    wanted = rows[prompts]
-    logits[wanted[wanted >= 0].long()] = run(image[prompts], upscaling, classifiers[prompts])[wanted >= 0]
+        _launch(logits, image, upscaling, classifiers, rows)
+    elif rows is not None:
+        prompts = (rows >= 0).any(dim=1)
+        wanted = rows[prompts]
+        some = _upscale_masks(image[prompts], *weights, classifiers[prompts], None, chosen)
+        logits[wanted[wanted >= 0].long()] = some[wanted >= 0]
+    else:
+        _upscale_natively(logits, image, upscaling, classifiers)
     return logits
 
 
-def _upscale_natively(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
-    logits = _upscale_masks_fake(image, classifiers, None, "native")
+def _upscale_natively(logits: Tensor, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> None:
     native.module().upscale_masks(
         logits,
         image.contiguous(),
@@ -140,10 +168,9 @@ def _upscale_natively(image: Tensor, upscaling: Upscaling, classifiers: Tensor) 
         classifiers.contiguous(),
         native.num_threads(),
     )
-    return logits
 
 
-def _launch(image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tensor | None) -> Tensor:
+def _launch(logits: Tensor, image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tensor | None) -> None:
     """The Triton kernel."""
     from sam_fast.kernels import upscale_masks as kernels  # here, that importing sam_fast does not import triton
 
@@ -154,7 +181,6 @@ def _launch(image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tens
             raise ValueError(f"{name} has the wrong size, expected {list(shape)}, got {list(weight.shape)}")
     if classifiers.shape[2] != C // 8:
         raise ValueError(f"classifiers have the wrong size, expected {C // 8} channels, got {classifiers.shape[2]}")
-    logits = _upscale_masks_fake(image, classifiers, rows, "triton")
     weights = [x.contiguous() if isinstance(x, Tensor) else x for x in upscaling]
     with torch.cuda.device_of(image):
         kernels.upscale(
@@ -165,20 +191,25 @@ def _launch(image: Tensor, upscaling: Upscaling, classifiers: Tensor, rows: Tens
             *(tuple(weights[:2]), tuple(weights[2:5]), tuple(weights[5:])),
             classifiers.float().contiguous(),
         )
-    return logits
 
 
-def _upscale_masks_fake(image: Tensor, *rest: Any) -> Tensor:
+def _like(image: Tensor, *rest: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and type of the logits."""
     N, h, w, _ = image.shape
     classifiers, rows = rest[-3:-1]
     M = classifiers.shape[1]
     dtype = torch.promote_types(image.dtype, torch.float32)
-    return image.new_empty(*((N, M) if rows is None else (N * M,)), 4 * h, 4 * w, dtype=dtype)
+    return (*((N, M) if rows is None else (N * M,)), 4 * h, 4 * w), dtype
 
 
-register(
-    "upscale_masks(Tensor image, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, "
-    "float eps, Tensor second_weight, Tensor second_bias, Tensor classifiers, Tensor? rows, str backend) -> Tensor",
-    _upscale_masks,
-    _upscale_masks_fake,
+def _upscale_masks_fake(image: Tensor, *rest: Any) -> Tensor:
+    shape, dtype = _like(image, *rest)
+    return image.new_empty(*shape, dtype=dtype)
+
+
+_ARGUMENTS = (
+    "Tensor image, Tensor first_weight, Tensor first_bias, Tensor norm_weight, Tensor norm_bias, float eps, "
+    "Tensor second_weight, Tensor second_bias, Tensor classifiers, Tensor? rows, str backend"
 )
+register(f"upscale_masks({_ARGUMENTS}) -> Tensor", _upscale_masks, _upscale_masks_fake)
+register(f"upscale_masks_into(Tensor(a!) logits, {_ARGUMENTS}) -> ()", _upscale_masks_into, lambda *arguments: None)

@@ -83,6 +83,18 @@ def test_only_named_rows_are_written(dtype):
     for row, mask in ((4, every[0, 1]), (0, every[2, 0]), (8, every[2, 2])):
         assert torch.equal(logits[row], mask)
     assert logits[[1, 2, 3, 5, 6, 7]].isnan().all()
+    # Nor in room for more or for less, whatever lies behind it.
+    for room in (12, 6):
+        around = torch.full((16, 12, 44), torch.nan, device=DEVICE)
+        upscale_masks(image, weights, classifiers, rows, out=around[2 : 2 + room], backend="triton")
+        written = {
+            row: mask
+            for row, mask in ((4, every[0, 1]), (9, every[0, 2]), (0, every[2, 0]), (8, every[2, 2]))
+            if row < room
+        }
+        for row, mask in written.items():
+            assert torch.equal(around[2 + row], mask)
+        assert around[[i for i in range(16) if i - 2 not in written]].isnan().all()
 
 
 def test_not_a_number_stays_in_its_square_and_mask(dtype):

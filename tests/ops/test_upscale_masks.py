@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from copies import Copies
 from oracle import relative_error
 from torch import Tensor
 
@@ -120,6 +121,48 @@ def test_rows_name_the_masks_that_are_wanted(backend):
         torch.testing.assert_close(logits[row], mask)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_masks_are_written_where_they_are_wanted(backend):
+    image, weights, classifiers = converted(problem(3, 3, 5, 64, 2), device_of(backend))
+    every = upscale_masks(image, weights, classifiers, backend=backend)
+    room = torch.full((8, 2, 12, 20), 7.0, device=image.device)
+    with Copies(12, 20) as copies:
+        assert (
+            upscale_masks(image, weights, classifiers, out=room[2:5], backend=backend).data_ptr() == room[2].data_ptr()
+        )
+    assert backend == "torch" or copies.nbytes == 0
+    torch.testing.assert_close(room[2:5], every)
+    assert (room[:2] == 7).all() and (room[5:] == 7).all()
+
+    room.fill_(7.0)
+    rows = torch.tensor([[15, -1], [-1, -1], [3, 9]], dtype=torch.int32, device=image.device)
+    upscale_masks(image, weights, classifiers, rows, out=room.flatten(0, 1), backend=backend)
+    for row, mask in ((15, every[0, 0]), (3, every[2, 0]), (9, every[2, 1])):
+        torch.testing.assert_close(room.flatten(0, 1)[row], mask)
+    assert (room.flatten(0, 1)[[i for i in range(16) if i not in (3, 9, 15)]] == 7).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "torch", "triton"])
+def test_operator_that_writes_is_registered_well(backend):
+    image, weights, classifiers = converted(problem(2, 3, 4, 64, 3), device_of(backend))
+    rows = torch.tensor([[2, 0, 1], [9, 3, -1]], dtype=torch.int32, device=image.device)
+    operator = torch.ops.sam_fast.upscale_masks_into.default
+    for out, chosen in (((2, 3, 12, 16), None), ((10, 12, 16), rows)):
+        room = torch.zeros(*out, device=image.device)
+        torch.library.opcheck(operator, (room, image, *weights, classifiers, chosen, backend))
+
+
+def test_bad_room():
+    image, weights, classifiers = problem(2, 3, 5, 64, 3)
+    rows = torch.zeros(2, 3, dtype=torch.int32)
+    room = torch.empty(2, 3, 12, 20)
+    for out in (room[:1], room.double(), room.mT.contiguous().mT, room.flatten(0, 1)):
+        with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[2, 3, 12, 20\]"):
+            upscale_masks(image, weights, classifiers, out=out)
+    with pytest.raises(ValueError, match=r"out must be contiguous torch.float32 \[2, 12, 20\]"):
+        upscale_masks(image, weights, classifiers, rows, out=room)
+
+
 def test_bad_rows():
     image, weights, classifiers = problem(2, 3, 5, 64, 3)
     for rows in (torch.zeros(2, 2, dtype=torch.int32), torch.zeros(2, 3)):
@@ -145,3 +188,11 @@ def test_compiles_as_one_graph():
     arguments = problem(2, 3, 4, 64, 3)
     compiled = torch.compile(lambda *x: 2 * upscale_masks(*x), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), 2 * upscale_masks(*arguments))
+
+
+def test_compiles_as_one_graph_that_writes():
+    arguments, room = problem(2, 3, 4, 64, 3), torch.zeros(3, 3, 12, 16)
+    compiled = torch.compile(lambda out, *x: 2 * upscale_masks(*x, out=out[1:]), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(room, *arguments), 2 * upscale_masks(*arguments))
+    torch.testing.assert_close(room[1:], upscale_masks(*arguments))
+    assert (room[0] == 0).all()
