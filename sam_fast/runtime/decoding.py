@@ -19,11 +19,10 @@ from sam_fast.ops.backend import unavailable_reason
 from sam_fast.runtime.cpu_decoder import CpuDecoder
 from sam_fast.runtime.graphs import Graphs
 from sam_fast.runtime.kept import Kept
-from sam_fast.runtime.packed_decoder import MOST_PROMPTS, PackedDecoder, comes_again
+from sam_fast.runtime.packed_decoder import MOST_PROMPTS, Chunks, PackedDecoder, comes_again
 from sam_fast.runtime.packed_decoder import can_pack as can_pack_decoder
 from sam_fast.runtime.plain import is_packed_on, is_untouched, is_untouched_throughout
 from sam_fast.runtime.precision import autocast, format_beside, resolve_precision, weight_dtype
-from sam_fast.runtime.streams import FirstRows
 from sam_fast.runtime.threads import in_threads
 from sam_fast.runtime.two_way import MOST_TOKENS, FirstLayer
 from sam_fast.watch import stamp
@@ -100,18 +99,20 @@ class Decoding:
 
     def decode(self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool) -> tuple[Tensor, Tensor]:
         """Low-resolution logits [N, M, 4s, 4s] and predicted IoUs [N, M], float32."""
-        decoder = self.model.mask_decoder
+        decoder, stamps = self.model.mask_decoder, self._stamps()
+        given = self._packed_chunks(embedding, prompts, stamps)
+        if given is not None:
+            packed, chunks = given
+            return packed.decode(chunks, _chosen(packed.decoder, multimask_output))
 
         def decode(inputs: _DecoderInputs) -> tuple[Tensor, Tensor]:
             if not _has_stages(decoder):
                 return decoder(*inputs.official(), multimask_output=multimask_output)
-            chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-            if inputs.packed is not None and inputs.shared is not None:
-                return inputs.packed.decode(*inputs.shared, inputs.sparse, inputs.size, chosen)
+            chosen = _chosen(decoder, multimask_output)
             mask_tokens, image, iou = self._predict_tokens(inputs)
             return self._masks_from(mask_tokens, image, chosen, inputs), iou[:, chosen.start : chosen.stop]
 
-        parts = self._decode_each(embedding, prompts, decode)
+        parts = self._decode_each(embedding, prompts, stamps, decode)
         low_res, iou = parts[0] if len(parts) == 1 else (torch.cat(column) for column in zip(*parts, strict=True))
         return low_res.float(), iou.float()
 
@@ -121,51 +122,60 @@ class Decoding:
         """Of three masks per prompt those above the threshold: logits [K, 4s, 4s], predicted IoUs [K], prompts [K].
 
         The IoU head reads tokens alone, so prompts without such a mask are never upscaled. On a GPU the host launches
-        the next prompts before it knows how many these are.
+        all prompts before it knows how many these are.
         """
-        decoder = self.model.mask_decoder
+        decoder, stamps = self.model.mask_decoder, self._stamps()
+        given = self._packed_chunks(embedding, prompts, stamps)
+        if given is not None:
+            packed, chunks = given
+            return packed.decode_filtered(chunks, iou_threshold)
         if not _has_stages(decoder):
             low_res, iou = self.decode(embedding, prompts, multimask_output=True)
             keep = _above(iou, iou_threshold)
             return low_res[keep], iou[keep], keep.nonzero()[:, 0]
 
-        kept = FirstRows()
-
-        def decode(inputs: _DecoderInputs) -> tuple[Tensor | None, Tensor]:
-            if inputs.packed is not None and inputs.shared is not None:
-                rows, scores, count = inputs.packed.decode_filtered(
-                    *inputs.shared, inputs.sparse, inputs.size, iou_threshold
-                )
-                kept.add(rows, count)
-                return None, scores
+        def decode(inputs: _DecoderInputs) -> tuple[Tensor, Tensor]:
             mask_tokens, image, iou = self._predict_tokens(inputs)
             scores = iou[:, 1:].float()
             keep = _above(scores, iou_threshold)
             rows = keep.any(dim=1)
             if not rows.all():  # else there is no need for a copy of the images
                 mask_tokens, image = mask_tokens[rows], image[rows]
-            chosen = range(1, decoder.num_mask_tokens)
-            return self._masks_from(mask_tokens, image, chosen, inputs)[keep[rows]].float(), scores
+            logits = self._masks_from(mask_tokens, image, _chosen(decoder, True), inputs)
+            return logits[keep[rows]].float(), scores
 
-        logits, scores = zip(*self._decode_each(embedding, prompts, decode), strict=True)
-        all_logits = kept.concatenated() if logits[0] is None else torch.cat(logits)
-        all_scores = torch.cat(scores)
+        logits, scores = map(torch.cat, zip(*self._decode_each(embedding, prompts, stamps, decode), strict=True))
         # How many there are the host knows by now, and need not ask a GPU for.
-        prompt, mask = torch.nonzero_static(_above(all_scores, iou_threshold), size=len(all_logits)).unbind(1)
-        return all_logits, all_scores[prompt, mask], prompt
+        prompt, mask = torch.nonzero_static(_above(scores, iou_threshold), size=len(logits)).unbind(1)
+        return logits, scores[prompt, mask], prompt
 
     # -- prompts, a few at a time
 
+    def _stamps(self) -> _Stamps:
+        return _Stamps(stamp(self.model.prompt_encoder), stamp(self.model.mask_decoder))
+
+    def _packed_chunks(
+        self, embedding: ImageEmbedding, prompts: Prompts, stamps: _Stamps
+    ) -> tuple[PackedDecoder, Chunks] | None:
+        """The decoder for a GPU, and prompts as it reads them; None where it does not take them."""
+        packed = self._packed_decoder(stamps)
+        if packed is None or not _has_stages(self.model.mask_decoder):
+            return None
+        inputs = list(self._decoder_inputs(embedding, prompts, stamps, packed=packed))
+        if not self._few_tokens(packed.decoder, inputs[0]):
+            return None
+        inputs = self._with_shared(embedding, inputs)
+        each = ((*self._image_for(packed, some), some.sparse) for some in inputs)
+        return packed, Chunks([len(some.sparse) for some in inputs], inputs[0].size, each)
+
     def _decode_each(
-        self, embedding: ImageEmbedding, prompts: Prompts, decode: Callable[[_DecoderInputs], _Made]
+        self,
+        embedding: ImageEmbedding,
+        prompts: Prompts,
+        stamps: _Stamps,
+        decode: Callable[[_DecoderInputs], _Made],
     ) -> list[_Made]:
         """What `decode` returns for a few prompts at a time; on a CPU, where it can, for several of these at once."""
-        stamps = _Stamps(stamp(self.model.prompt_encoder), stamp(self.model.mask_decoder))
-        packed = self._packed_decoder(stamps)
-        if packed is not None:
-            inputs = list(self._decoder_inputs(embedding, prompts, stamps, packed=packed))
-            if self._few_tokens(packed.decoder, inputs[0]):
-                return [decode(some) for some in self._with_shared(embedding, inputs)]
         cpu = self._cpu_decoder(stamps)
         with self._decoder_format(cpu):
             inputs = list(self._decoder_inputs(embedding, prompts, stamps, cpu))
@@ -282,20 +292,21 @@ class Decoding:
 
     def _predict_tokens(self, inputs: _DecoderInputs) -> tuple[Tensor, Tensor, Tensor]:
         """`MaskDecoder.predict_tokens`, the cheapest way for these prompts."""
-        way = inputs.packed or (inputs.cpu if self._absorbs(inputs) else None)
-        if way is None:
+        if inputs.cpu is None or not self._absorbs(inputs):
             decoder = self.model.mask_decoder
             assert isinstance(decoder, MaskDecoder)
             return decoder.predict_tokens(*inputs.official())
-        image: Tensor | FirstLayer
-        if inputs.shared is not None:
-            image, pe = inputs.shared
-        else:
-            image, pe = _pixels(inputs.features + inputs.dense), self._rows_of_pe(inputs)
-            if len(image) != len(inputs.sparse):
-                image = way.project_first_layer(image, _pixels(inputs.pe))
-        mask_tokens, written, iou = way.predict_tokens(image, pe, inputs.sparse)
+        mask_tokens, written, iou = inputs.cpu.predict_tokens(*self._image_for(inputs.cpu, inputs), inputs.sparse)
         return mask_tokens, written.transpose(1, 2).unflatten(2, inputs.size), iou
+
+    def _image_for(self, way: PackedDecoder | CpuDecoder, inputs: _DecoderInputs) -> tuple[Tensor | FirstLayer, Tensor]:
+        """The image that prompts read, X [N, P, C] or what they share of one, and its encoding [1, P, C]."""
+        if inputs.shared is not None:
+            return inputs.shared
+        image, pe = _pixels(inputs.features + inputs.dense), self._rows_of_pe(inputs)
+        if len(image) == len(inputs.sparse):
+            return image, pe
+        return way.project_first_layer(image, _pixels(inputs.pe)), pe
 
     def _absorbs(self, inputs: _DecoderInputs) -> bool:
         """Whether the CPU's decoder takes these prompts' tokens."""
@@ -308,10 +319,9 @@ class Decoding:
 
     def _masks_from(self, mask_tokens: Tensor, image: Tensor, chosen: range, inputs: _DecoderInputs) -> Tensor:
         """Upscale images [N, C, h, w] and classify their pixels by the chosen mask tokens: logits [N, M, 4h, 4w]."""
-        way = inputs.packed or inputs.cpu
-        if way is not None:
+        if inputs.cpu is not None:
             pixels = image.flatten(2).transpose(1, 2)  # as they were
-            return way.masks_from(mask_tokens, pixels, image.shape[2:], chosen)
+            return inputs.cpu.masks_from(mask_tokens, pixels, image.shape[2:], chosen)
         decoder = self.model.mask_decoder
         assert isinstance(decoder, MaskDecoder)
         return decoder.masks_from(mask_tokens, decoder.upscale(image), chosen)
@@ -381,6 +391,11 @@ def _has_stages(decoder: nn.Module) -> TypeGuard[MaskDecoder]:
         return False
     kind = type(decoder)
     return kind.forward is MaskDecoder.forward and kind.predict_masks is MaskDecoder.predict_masks
+
+
+def _chosen(decoder: MaskDecoder, multimask_output: bool) -> range:
+    """Indices of the mask tokens whose masks are returned."""
+    return range(1, decoder.num_mask_tokens) if multimask_output else range(1)
 
 
 def _is_plain(encoder: nn.Module) -> bool:

@@ -36,6 +36,8 @@ class Graphs:
 
     A function must launch the same work for inputs of the same shapes, wait for nothing on the host, and leave its
     inputs as they are. On a CPU, and while the caller records a graph of its own, it is simply called.
+
+    Results that are large and read once need not be copied: see `finish`.
     """
 
     def __init__(self, most: int = 8) -> None:
@@ -51,16 +53,31 @@ class Graphs:
         self._stream: torch.cuda.Stream | None = None  # of recordings only: cuBLAS has a workspace for each stream
         self._last_use: torch.cuda.Event | None = None
 
-    def __call__(self, key: Hashable, function: Function, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What `function(*inputs)` returns; `key` stands for the function and all else that it depends on."""
+    def __call__(
+        self, key: Hashable, function: Function, *inputs: Tensor, finish: Function | None = None
+    ) -> tuple[Tensor, ...]:
+        """What `finish(*function(*inputs))` returns, and without `finish` what the function does.
+
+        Args:
+            key: stands for the function and all else that it depends on.
+            function: is recorded.
+            inputs: on one device.
+            finish: is called each time, in the stream of the caller, with results that the next call writes over. What
+                it returns is handed on as it is, and must be in memory of its own.
+        """
+
+        def plain() -> tuple[Tensor, ...]:
+            results = function(*inputs)
+            return results if finish is None else finish(*results)
+
         device = inputs[0].device
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return function(*inputs)
+            return plain()
         key = key, device, *((x.shape, x.dtype) for x in inputs)
         with self._lock, torch.cuda.device(device):
             if key not in self._met:
                 self._met.add(key)
-                return function(*inputs)
+                return plain()
             stream = torch.cuda.current_stream()
             if self._last_use is None:
                 self._last_use = torch.cuda.Event()
@@ -72,13 +89,14 @@ class Graphs:
                 raise
             except RuntimeError as error:
                 warnings.warn(f"no CUDA graph could be recorded, the call is a plain one: {error}", stacklevel=2)
-                return function(*inputs)
-            for own, given in zip(recording.inputs, inputs, strict=True):
-                own.copy_(given)
-            recording.graph.replay()
-            outputs = tuple(output.clone() for output in recording.outputs)
-            self._last_use.record(stream)
-            return outputs
+                return plain()
+            try:
+                for own, given in zip(recording.inputs, inputs, strict=True):
+                    own.copy_(given)
+                recording.graph.replay()
+                return (finish or _copies)(*recording.outputs)
+            finally:  # after an error too, lest the next call write over what is still being read
+                self._last_use.record(stream)
 
     def _recording(self, key: Hashable, function: Function, inputs: tuple[Tensor, ...]) -> _Recording:
         if key not in self._recordings:
@@ -113,3 +131,7 @@ class Graphs:
             torch._C._cuda_endAllocateToPool(device.index, self._pool)
             torch._C._cuda_releasePool(device.index, self._pool)
         self._pool = None
+
+
+def _copies(*results: Tensor) -> tuple[Tensor, ...]:
+    return tuple(result.clone() for result in results)

@@ -7,8 +7,8 @@ float32. The image side is `ops.two_way_attention` and `ops.upscale_masks`, the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
-from typing import cast
+from collections.abc import Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sam_fast.ops.two_way_attention import HEADS
 from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.plain import is_untouched
+from sam_fast.runtime.streams import Number
 from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
 
@@ -30,6 +31,8 @@ _CHANNELS = (64, 128, 256)  # that kernels take
 # Prompts at a time on a GPU: the token side's many small operations take nearly as long for few as for these, and that
 # counts for more than the 2 MB per prompt at 1024 px that no longer stay in the cache between one kernel and the next.
 MOST_PROMPTS = 256
+# Of the room for all masks, that the wanted ones must fill to stay in it: fewer are copied, and it is given back.
+_LEAST_SHARE = 0.25
 _GRAPHED = 64  # of whose multiples graphs are made, as callers come back with the same numbers of prompts
 
 
@@ -54,6 +57,21 @@ def can_pack(decoder: nn.Module) -> bool:
     )
 
 
+class Chunks(NamedTuple):
+    """Prompts on one image, a few at a time.
+
+    Attributes:
+        counts: how many prompts each chunk has.
+        size: (h, w) of the image's tokens.
+        each: of each chunk image, encoding and prompts, as for `PackedDecoder.predict_tokens`. To be taken one by one
+            and not held: a chunk's images, where it has its own, are made when its turn comes.
+    """
+
+    counts: list[int]
+    size: torch.Size
+    each: Iterator[tuple[Tensor | FirstLayer, Tensor, Tensor]]
+
+
 class PackedDecoder:
     """Two stages: tokens and pixels, then masks. Weights are copied, and do not follow those of the decoder."""
 
@@ -66,7 +84,9 @@ class PackedDecoder:
         """
         self.dtype = dtype
         self.backend = backend
-        self._graphs = Graphs(most=24)  # of each number of tokens in use, with one mask or three
+        # Of each number of tokens in use: of a click, with one mask or three, and of many prompts, which hold on to
+        # these prompts' images.
+        self._of_a_click, self._of_many = Graphs(most=24), Graphs(most=6)
         self.decoder = copy.deepcopy(decoder).float().requires_grad_(False)
         self.transformer = cast(TwoWayTransformer, self.decoder.transformer)
         for part in self.transformer.modules():
@@ -75,6 +95,7 @@ class PackedDecoder:
             elif type(part) is nn.LayerNorm:
                 part.__class__ = _Float32LayerNorm
         self.layers = token_layers(self.transformer, backend)
+        self._output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
         upscaling = upscaling_weights(self.decoder.output_upscaling)
         in_dtype = [x.to(dtype).contiguous() if isinstance(x, Tensor) else x for x in upscaling]
         self.upscaling = Upscaling(*in_dtype)._replace(  # type: ignore[arg-type]
@@ -88,52 +109,91 @@ class PackedDecoder:
             weights = torch.stack([layer.weight.T for layer in layers])
             self.perceptrons.append((weights, torch.stack([layer.bias[None] for layer in layers])))
 
-    def decode(
-        self, first: FirstLayer, pe: Tensor, sparse: Tensor, size: torch.Size, chosen: range
-    ) -> tuple[Tensor, Tensor]:
-        """All chosen masks of prompts on an image that they share, and their predicted IoU.
+    def decode(self, chunks: Chunks, chosen: range) -> tuple[Tensor, Tensor]:
+        """Chosen masks of all prompts. Their logits are written once, to where they stay.
 
         Args:
-            first, pe, sparse: as for `predict_tokens`.
-            size, chosen: as for `masks_from`.
+            chunks: the prompts.
+            chosen: M indices of mask tokens.
 
         Returns:
-            logits [N, M, 4h, 4w] and IoU [N, M], float32.
+            logits [N, M, 4h, 4w] and predicted IoU [N, M], float32.
         """
+        logits = self._room((sum(chunks.counts), len(chosen)), chunks.size)
+        places = logits.split(chunks.counts)
+        iou = [self._decode(*next(chunks.each), chosen, place) for place in places]
+        return logits, iou[0] if len(iou) == 1 else torch.cat(iou)
 
-        def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            mask_tokens, pixels, iou = self.predict_tokens(FirstLayer(*tensors[:4]), *tensors[4:])
-            return self.masks_from(mask_tokens, pixels, size, chosen), iou[:, chosen.start : chosen.stop]
+    def decode_filtered(self, chunks: Chunks, threshold: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks for ambiguous prompts whose predicted IoU is above the threshold (None: all).
 
-        logits, iou = self._replayed((size, chosen), run, *first, pe, sparse)
-        return logits, iou
-
-    def decode_filtered(
-        self, first: FirstLayer, pe: Tensor, sparse: Tensor, size: torch.Size, threshold: float | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks for ambiguous prompts whose predicted IoU is above the threshold (None: all); nobody waits for it.
-
-        Args: as for `decode`.
+        They are written one after the other into room for all. Nobody waits for their number before all is launched.
 
         Returns:
-            logits [N M, 4h, 4w], first those that are wanted, by prompt and mask, and then what is undefined;
-            predicted IoU of all [N, M]; and the number of those that are wanted.
+            logits [K, 4h, 4w], predicted IoU [K] and prompts [K].
         """
-        chosen = range(1, self.decoder.num_mask_tokens)
+        prompts = sum(chunks.counts)
+        wanted = _Wanted(prompts, threshold)
+        logits = self._room((prompts * (self.decoder.num_mask_tokens - 1),), chunks.size)
 
-        def run(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            mask_tokens, pixels, iou = self.predict_tokens(FirstLayer(*tensors[:4]), *tensors[4:])
-            scores = iou[:, 1:]
-            wanted = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
-            rows = torch.where(wanted, wanted.flatten().cumsum(0).view_as(wanted) - 1, -1).int()
-            return self.masks_from(mask_tokens, pixels, size, chosen, rows), scores, wanted.sum()
+        def upscale(classifiers: Tensor, pixels: Tensor, iou: Tensor) -> tuple[()]:
+            rows = wanted.rows(iou[:, 1:].clone())
+            self._upscale(pixels, chunks.size, classifiers[:, 1:], rows, logits)
+            return ()
 
-        logits, scores, count = self._replayed((size, threshold), run, *first, pe, sparse)
-        return logits, scores, count
+        for _ in chunks.counts:
+            self._read(*next(chunks.each), upscale)
+        scores = torch.cat(wanted.scores)
+        above = wanted.above(scores)
+        assert wanted.count is not None
+        count = int(wanted.count)  # here the host waits, but not for the last prompts' masks
+        prompt, mask = torch.nonzero_static(above, size=count).unbind(1)
+        some = logits[:count]
+        return some.clone() if count < _LEAST_SHARE * len(logits) else some, scores[prompt, mask], prompt
 
-    def _replayed(self, key: Hashable, run: Function, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What `run` returns, by a graph for numbers of prompts that are met again."""
-        return self._graphs(key, run, *tensors) if comes_again(len(tensors[-1])) else run(*tensors)
+    def _decode(self, image: Tensor | FirstLayer, pe: Tensor, sparse: Tensor, chosen: range, logits: Tensor) -> Tensor:
+        """Write logits [N, M, 4h, 4w] of a few prompts, and return their predicted IoU [N, M]."""
+        size = torch.Size(side // 4 for side in logits.shape[2:])
+        which = slice(chosen.start, chosen.stop)
+        if len(sparse) == 1 and isinstance(image, FirstLayer):
+            # A single launch for all of it: the host cannot run ahead of one prompt, whose logits are soon copied.
+            def run(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+                mask_tokens, pixels, iou = self.predict_tokens(FirstLayer(*tensors[:4]), *tensors[4:])
+                return self.masks_from(mask_tokens, pixels, size, chosen), iou[:, which]
+
+            def keep(made: Tensor, iou: Tensor) -> tuple[Tensor]:
+                logits.copy_(made)
+                return (iou.clone(),)
+
+            return self._of_a_click((size, chosen), run, *image, pe, sparse, finish=keep)[0]
+
+        def upscale(classifiers: Tensor, pixels: Tensor, iou: Tensor) -> tuple[Tensor]:
+            self._upscale(pixels, size, classifiers[:, which], None, logits)
+            return (iou[:, which].clone(),)
+
+        return self._read(image, pe, sparse, upscale)[0]
+
+    def _read(self, image: Tensor | FirstLayer, pe: Tensor, sparse: Tensor, finish: Function) -> tuple[Tensor, ...]:
+        """What `finish` returns of classifiers [N, num_mask_tokens, C2], pixels and IoU, in memory that is not its own.
+
+        These come from a graph for numbers of prompts that are met again. The upscaling is left out of it: its logits
+        are large, and go straight to where they are wanted.
+        """
+
+        def run(image: Tensor | FirstLayer, pe: Tensor, sparse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mask_tokens, pixels, iou = self.predict_tokens(image, pe, sparse)
+            return self._classifiers(mask_tokens, slice(None)), pixels, iou
+
+        if not isinstance(image, FirstLayer) or not comes_again(len(sparse)):
+            return finish(*run(image, pe, sparse))
+        return self._of_many(
+            "read", lambda *tensors: run(FirstLayer(*tensors[:4]), *tensors[4:]), *image, pe, sparse, finish=finish
+        )
+
+    def _room(self, masks: tuple[int, ...], size: torch.Size) -> Tensor:
+        """Where logits of masks are to be written."""
+        device = self.upscaling.norm_weight.device
+        return torch.empty(*masks, 4 * size[0], 4 * size[1], dtype=torch.float32, device=device)
 
     def project_first_layer(self, image: Tensor, pe: Tensor) -> FirstLayer:
         """What the first layer makes of an image X [1, P, C] that all prompts share; pe is [1, P, C]."""
@@ -153,7 +213,7 @@ class PackedDecoder:
         """
         if isinstance(image, Tensor):
             image = image.to(self.dtype)
-        tokens = self.decoder.prompt_tokens(sparse.float())
+        tokens = torch.cat([self._output_tokens.expand(len(sparse), -1, -1), sparse.float()], dim=1)
         results = 1 + self.decoder.num_mask_tokens
         pe = pe.to(self.dtype)
         tokens, pixels = two_way(
@@ -162,9 +222,7 @@ class PackedDecoder:
         mask_tokens, iou = self.decoder.read_tokens(tokens)
         return mask_tokens, pixels, iou
 
-    def masks_from(
-        self, mask_tokens: Tensor, pixels: Tensor, size: torch.Size, chosen: range, rows: Tensor | None = None
-    ) -> Tensor:
+    def masks_from(self, mask_tokens: Tensor, pixels: Tensor, size: torch.Size, chosen: range) -> Tensor:
         """Logits of masks, float32.
 
         Args:
@@ -172,17 +230,70 @@ class PackedDecoder:
             pixels: [N, h w, C].
             size: (h, w).
             chosen: M indices of mask tokens.
-            rows: int32 [N, M], see `upscale_masks`; None for all.
 
         Returns:
-            [N, M, 4h, 4w], or with rows [N M, 4h, 4w].
+            [N, M, 4h, 4w].
         """
-        which = slice(chosen.start, chosen.stop)
+        classifiers = self._classifiers(mask_tokens, slice(chosen.start, chosen.stop))
+        return self._upscale(pixels, size, classifiers)
+
+    def _classifiers(self, mask_tokens: Tensor, which: slice) -> Tensor:
+        """Those that mask tokens [N, num_mask_tokens, C] make of pixels, [N, M, C2]."""
         x = mask_tokens[:, which].transpose(0, 1).float()  # [M, N, C]
         for index, (weights, bias) in enumerate(self.perceptrons):
             x = torch.baddbmm(bias[which], F.relu(x) if index else x, weights[which])
+        return x.transpose(0, 1)
+
+    def _upscale(
+        self,
+        pixels: Tensor,
+        size: torch.Size,
+        classifiers: Tensor,
+        rows: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> Tensor:
+        """See `ops.upscale_masks`."""
         image = pixels.unflatten(1, size)
-        return upscale_masks(image, self.upscaling, x.transpose(0, 1), rows, backend=self.backend)
+        return upscale_masks(image, self.upscaling, classifiers, rows, out=logits, backend=self.backend)
+
+
+class _Wanted:
+    """Which masks of all prompts are wanted, a few prompts at a time, and in which rows of their logits they go.
+
+    Attributes:
+        scores: predicted IoU [N, M] of those prompts that were seen.
+        count: of wanted masks, once all prompts were seen.
+    """
+
+    def __init__(self, prompts: int, threshold: float | None) -> None:
+        """
+        Args:
+            prompts: that there are in all.
+            threshold: what is wanted has a predicted IoU above it; None for all masks.
+        """
+        self.scores: list[Tensor] = []
+        self.count: Number | None = None
+        self._left = prompts
+        self._threshold = threshold
+        self._end: Tensor | None = None  # of the rows that are taken
+
+    def rows(self, scores: Tensor) -> Tensor:
+        """Rows of the next prompts' masks, int32 [N, M], -1 where a mask is not wanted."""
+        self.scores.append(scores)
+        wanted = self.above(scores)
+        taken = wanted.flatten().cumsum(0)
+        if self._end is not None:
+            taken = taken + self._end
+        self._left -= len(scores)
+        if len(scores) > 0:
+            self._end = taken[-1]
+        if self._left == 0:  # before these are upscaled, that the host need not wait for that
+            self.count = Number(wanted.sum() if self._end is None else self._end)
+        return torch.where(wanted, taken.view_as(wanted) - 1, -1).int()
+
+    def above(self, scores: Tensor) -> Tensor:
+        """Which masks are wanted."""
+        return torch.ones_like(scores, dtype=torch.bool) if self._threshold is None else scores > self._threshold
 
 
 class _RoundingLinear(nn.Linear):

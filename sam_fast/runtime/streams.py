@@ -39,39 +39,20 @@ class Ready:
                 tensor.record_stream(stream)
 
 
-class FirstRows:
-    """Collects the first rows of tensors, where a GPU computes how many.
+class Number:
+    """An integer that a GPU computes, on its way to the host: `int` waits for it, and for nothing launched later."""
 
-    The host learns a number two tensors later, when it need not wait for it, and then gives the memory of the other
-    rows back.
-    """
+    def __init__(self, number: Tensor) -> None:
+        self._on_host = number.to("cpu", non_blocking=True)
+        self._ready: torch.cuda.Event | None = None
+        if number.is_cuda:
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(number.device))
 
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
-        self._cut: list[Tensor] = []
-
-    def add(self, rows: Tensor, count: Tensor) -> None:
-        """Keep the first `count` (a tensor of one integer) of `rows`."""
-        count = count.to("cpu", non_blocking=True)
-        ready = None
-        if rows.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record(torch.cuda.current_stream(rows.device))
-        self._waiting.append((rows, count, ready))
-        if len(self._waiting) > 2:
-            self._cut_first()
-
-    def concatenated(self) -> Tensor:
-        """All that was kept, in order."""
-        while self._waiting:
-            self._cut_first()
-        return torch.cat(self._cut)
-
-    def _cut_first(self) -> None:
-        rows, count, ready = self._waiting.popleft()
-        if ready is not None:
-            ready.synchronize()
-        self._cut.append(rows[: int(count)].clone())
+    def __int__(self) -> int:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return int(self._on_host)
 
 
 class Download:

@@ -15,7 +15,7 @@ from sam_fast.modeling import MaskDecoder, Sam
 from sam_fast.runtime import decoding, plain
 from sam_fast.runtime.inference import InferenceRuntime, Prompts
 from sam_fast.runtime.packed_decoder import PackedDecoder, can_pack
-from sam_fast.runtime.streams import FirstRows, Ready
+from sam_fast.runtime.streams import Ready
 from sam_fast.runtime.two_way import project_first_layer, two_way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,13 +329,3 @@ def test_what_is_kept_waits_for_the_stream_that_made_it(model, embedding):
 
 def test_nothing_to_wait_for_on_a_cpu():
     Ready(torch.device("cpu")).wait([torch.zeros(1)])
-
-
-@pytest.mark.parametrize("counts", [[2], [0, 3, 1, 3, 0]])
-def test_first_rows(counts):
-    kept, tensors = FirstRows(), [torch.rand(3, 2, device=DEVICE) for _ in counts]
-    for rows, count in zip(tensors, counts, strict=True):
-        kept.add(rows, torch.tensor(count, device=DEVICE))
-    assert torch.equal(
-        kept.concatenated(), torch.cat([rows[:count] for rows, count in zip(tensors, counts, strict=True)])
-    )
