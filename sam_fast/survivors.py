@@ -5,6 +5,7 @@ records have.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,16 +59,21 @@ class MaskLogits:
         parts, self._parts = self._parts[::-1], []
         ends = list(itertools.accumulate(len(logits) for _, logits in reversed(parts)))
         cuts = torch.searchsorted(ascending, upload(ends, rows.device)).tolist() if ends else []
-        kept: dict[Crop, list[Tensor]] = {}
+        numbers: Counter[Crop] = Counter()
+        for (crop, _), (begin, cut) in zip(reversed(parts), itertools.pairwise([0, *cuts]), strict=True):
+            numbers[crop] += cut - begin
+        room: dict[Crop, Tensor] = {}  # that is left for rows of a crop
         for (first, end), (begin, cut) in zip(
             itertools.pairwise([0, *ends]), itertools.pairwise([0, *cuts]), strict=True
         ):
             crop, logits = parts.pop()  # whose memory is free from here on
             assert len(logits) == end - first
             if cut > begin:
-                kept.setdefault(crop, []).append(logits[ascending[begin:cut] - first])
-        for crop, some in kept.items():
-            self.add(crop, some[0] if len(some) == 1 else torch.cat(some))
+                if crop not in room:
+                    room[crop] = logits.new_empty(numbers[crop], *logits.shape[1:])
+                    self.add(crop, room[crop])
+                place, room[crop] = room[crop].tensor_split([cut - begin])
+                torch.index_select(logits, 0, ascending[begin:cut] - first, out=place)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         return places

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from copies import Copies
 from cuda_emulation.build import emulated_module
 from pycocotools import mask as coco
 from records import assert_same_records
@@ -45,7 +46,9 @@ def test_rows_are_found_again(sizes, share):
     for i, size in enumerate(sizes):
         logits.add(CROPS[i // 2], numbered(len(logits), size))
     rows = torch.randperm(total, generator=torch.Generator().manual_seed(0))[: round(share * total)]
-    places = logits.keep(rows)
+    with Copies(2, 2) as copies:
+        places = logits.keep(rows)
+    assert copies.nbytes == 16 * len(rows)  # each of them once
     assert len(logits) == len(rows)
     taken = list(logits.take(2))
     assert all(0 < len(some) <= 2 for _, some in taken) and len(logits) == 0
