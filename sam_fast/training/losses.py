@@ -145,9 +145,11 @@ def grouping_loss(
     logits = GROUPING_SCALE * (chosen.transpose(1, 2) @ pixels - 0.5)  # [B, A, P]
     regions = regions.flatten(1)
     targets = regions.gather(1, anchors)[:, :, None] == regions[:, None]
-    places = torch.arange(regions.shape[1], device=regions.device)
-    rows, columns = places // upscaled.shape[-1], places % upscaled.shape[-1]
-    near = (rows - rows[anchors][..., None]).abs().maximum((columns - columns[anchors][..., None]).abs()) <= radius
+    H, W = upscaled.shape[-2:]
+    rows, columns = (torch.arange(size, device=regions.device) for size in (H, W))
+    near_rows = (rows - (anchors // W)[..., None]).abs() <= radius
+    near_columns = (columns - (anchors % W)[..., None]).abs() <= radius
+    near = (near_rows[..., :, None] & near_columns[..., None, :]).flatten(2)
     # As images one pixel high:
     logits, targets, valid = (x[:, :, None] for x in (logits, targets, near & (regions[:, None] >= 0)))
     return mask_loss(logits, targets, valid, blend=0.0).mean(), true_iou(logits, targets, valid).mean()

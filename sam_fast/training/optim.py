@@ -122,6 +122,8 @@ class MovingAverage:
 @torch.no_grad()
 def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
     """Add copies of gradients, of whatever precision, to those of the parameters, by a few launches for all."""
+    if not parameters:
+        return  # which the operations on lists refuse
     own = [torch.empty_like(parameter) for parameter in parameters]
     torch._foreach_copy_(own, list(gradients))
     pairs = list(zip(parameters, own, strict=True))
