@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class WrongResult(RuntimeError):
@@ -196,11 +197,24 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The short hash of the checked-out commit, with -dirty if tracked files differ, or "unknown" outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return run.stdout.strip() or "unknown"
+    """The short hash of the checked-out commit, or "unknown" outside git.
+
+    It ends in -dirty if tracked files differ, other than results: the rows of one case are no change to the next.
+    """
+    name = _git("rev-parse", "--short=10", "HEAD")
+    if not name:
+        return "unknown"
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*arguments: str) -> str:
+    """What git prints about this checkout; nothing where it fails or is not installed."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def rows(
@@ -239,15 +253,24 @@ def write_rows(name: str, new: Sequence[Row]) -> Path:
 
 
 def append_rows(path: Path, new: Sequence[Any], origin: Mapping[str, str] | None = None) -> Path:
-    """Add dataclass instances of one kind to a CSV file, whose columns are their fields, and then those of `origin`."""
+    """Add dataclass instances of one kind to a CSV file, whose columns are their fields, and then those of `origin`.
+
+    Raises:
+        ValueError: the file has other columns, and is left as it is.
+    """
     origin = origin or {}
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = [*(field.name for field in fields(new[0])), *origin]
     known: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
-            known = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            known = list(reader)
+        other = sorted(set(reader.fieldnames or ()) - set(columns))
+        if other:
+            raise ValueError(f"{path} holds something else: columns {', '.join(other)}")
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(field.name for field in fields(new[0])), *origin])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows([*known, *({**asdict(row), **origin} for row in new)])
     return path
