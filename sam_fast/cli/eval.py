@@ -122,11 +122,15 @@ def evaluate_command(
 
             model = _load(model_type, checkpoint, choose_device(device))
             options = {"precision": precision.value, "backend": backend.value}
-            return SamMethod(model, name or model_type, generator=generator if amg else None, **options)
+            return SamMethod(model, called, generator=generator if amg else None, **options)
 
+        called = name or model_type
+        if called in _METHODS[1:]:
+            raise typer.BadParameter(f"--name {called} is the name of another method, whose results it would replace")
         source = open_source(data)
         built = [_build(method, sam) for method in chosen]
-        table = _measure(source, data, built, settings, output, recompute, _command_line(context)) + table
+        measured = _measure(source, data, built, settings, output, recompute, _command_line(context))
+        table = measured + _of_others(results or [], table, measured, output)
     if not table:
         raise ValueError("none of the methods answers the prompts asked for")
     out().print(terminal_table(table))
@@ -134,6 +138,12 @@ def evaluate_command(
         output.mkdir(parents=True, exist_ok=True)
         (output / "table.md").write_text(markdown_table(table))
         out().print(f"written to {escaped(output)}")
+
+
+def _of_others(paths: list[Path], given: list[Results], measured: list[Results], output: Path | None) -> list[Results]:
+    """Of the results `given` in files those whose file is not that of `measured` ones, which the table has already."""
+    own = set() if output is None else {(output / f"{result.method}.json").resolve() for result in measured}
+    return [result for path, result in zip(paths, given, strict=True) if path.resolve() not in own]
 
 
 def parse_methods(methods: str, classical: bool) -> list[str]:
@@ -186,6 +196,8 @@ def _measure(
                 report_note(f"{method.name} is from {path}, {earlier.provenance['date']}; --recompute measures again")
                 table.append(earlier)
                 continue
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)  # after the measurement an error would come late
         with item_progress() as progress:
 
             def track(indices: Iterable[int], bar: Progress = progress, label: str = method.name) -> Iterable[int]:
@@ -193,7 +205,6 @@ def _measure(
 
             result = evaluate(source, method, settings, track=track, data=data, command=command)
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             result.save(path)
         table.append(result)
     return table

@@ -35,6 +35,8 @@ def export_onnx(
     """Export the part of the model behind the image encoder to ONNX; needs the extra packages of sam_fast\\[onnx]."""
     from sam_fast.utils.onnx import export_onnx_model, quantize_onnx_model
 
+    if quantize_out is not None and quantize_out.resolve() == output.resolve():
+        raise typer.BadParameter(f"--quantize-out would replace the model of --output {output}; give another name")
     model = load_model(model_type, checkpoint, "cpu")
     output.parent.mkdir(parents=True, exist_ok=True)
     export_onnx_model(

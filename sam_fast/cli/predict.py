@@ -63,7 +63,8 @@ def predict(
     """Predict masks of an image from prompts, in pixels of the image.
 
     All points belong to one object, together with a box if one is given. Writes <image>_<i>.png for each mask,
-    <image>.json (scores, boxes, COCO RLEs) and <image>_overlay.jpg with the best mask of each object.
+    <image>.json (scores, boxes, COCO RLEs) and <image>_overlay.jpg with the best mask of each object, and removes
+    what an earlier call wrote for this image.
     """
     prompts = parse_prompts(point or [], box or [], mask_input)
     _check_folder(input, output)
@@ -81,6 +82,7 @@ def predict(
         masks, scores, logits = masks[None], scores[None], logits[None]
 
     output.mkdir(parents=True, exist_ok=True)
+    _remove_earlier(output, input.stem, mask_input)
     records = _write(output, input.stem, masks, scores, logits if save_logits else None)
     best = masks[np.arange(len(masks)), scores.argmax(axis=1)]
     document = {
@@ -113,12 +115,27 @@ def _check_folder(image: Path, output: Path) -> None:
             raise FileExistsError(f"{path} exists beside the image; remove it, or choose another --output")
 
 
+def _remove_earlier(output: Path, stem: str, keep: Path | None) -> None:
+    """Remove the masks and logits of an earlier call, which its JSON counts: none may lie among those of this one.
+
+    `keep`, the logits that this call was given, stays.
+    """
+    try:
+        count = len(json.loads((output / f"{stem}.json").read_text())["masks"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or another program's
+        return
+    for i in range(count):
+        for path in (output / f"{stem}_{i}.png", output / f"{stem}_{i}_logits.npy"):
+            if path.exists() and not (keep is not None and path.samefile(keep)):
+                path.unlink()
+
+
 def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) -> dict[str, Any]:
     """Turn the prompts of the command line into arguments of `SamPredictor.predict`.
 
     Raises:
         typer.BadParameter: a prompt cannot be read, there is none, or several boxes are combined with something else.
-        FileNotFoundError, ValueError: the mask file is missing or not a .npy file of numbers [1,h,w].
+        FileNotFoundError, ValueError: the mask file is missing or not a .npy file of finite numbers [1,h,w].
     """
     if not points and not boxes and mask_input is None:
         raise typer.BadParameter("give at least one --point, --box or --mask-input")
@@ -129,11 +146,16 @@ def parse_prompts(points: list[str], boxes: list[str], mask_input: Path | None) 
         if len(spot) == 3 and spot[2] not in (0, 1):
             raise typer.BadParameter(f"--point {text}: the label is 1 (foreground) or 0 (background)")
     frames = np.array([_numbers("--box", text, (4,)) for text in boxes])
+    for text, frame in zip(boxes, frames, strict=True):
+        if (frame[2:] < frame[:2]).any():
+            raise typer.BadParameter(f"--box {text}: X0,Y0 is the upper left corner, X1,Y1 the lower right one")
     logits = None
     if mask_input is not None:
         logits = _read_array(mask_input)
         if logits.ndim != 3 or len(logits) != 1 or logits.dtype.kind != "f":
             raise ValueError(f"{mask_input} must hold float logits [1,h,w], got {logits.dtype} {list(logits.shape)}")
+        if not np.isfinite(logits).all():
+            raise ValueError(f"{mask_input} must hold finite logits, got NaN or infinity")
     return {
         "point_coords": np.array([spot[:2] for spot in spots]) if spots else None,
         "point_labels": np.array([int((*spot, 1)[2]) for spot in spots]) if spots else None,

@@ -78,6 +78,25 @@ def test_methods_one_after_the_other(cli: Any, scenes: Path, tmp_path: Path, mod
         assert ("mine is from" in cli("eval", *shared, *model_flags, *flags)) == kept
 
 
+def test_results_of_the_output_folder_are_in_the_table_once(cli: Any, scenes: Path, tmp_path: Path) -> None:
+    """Though a pattern names them, too: measured anew or not."""
+    cli("eval", "--data", scenes, "--no-clicks", "--methods", "grabcut", "--output", tmp_path)
+    (tmp_path / "other.json").write_bytes((tmp_path / "grabcut.json").read_bytes())
+    files = sorted(tmp_path.glob("*.json"))
+    for more in ((), ("--recompute",)):
+        cli("eval", "--data", scenes, "--no-clicks", "--methods", "grabcut", "--output", tmp_path, *more, *files)
+        assert "| mean IoU | grabcut | grabcut |\n" in (tmp_path / "table.md").read_text()
+
+
+def test_an_output_that_is_a_file_is_found_out_before_the_measurement(
+    cli: Any, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sam_fast.evaluation.evaluate.evaluate", pytest.fail)
+    (tmp_path / "file").touch()
+    line = ("eval", "--data", scenes, "--no-clicks", "--methods", "grabcut", "--output", tmp_path / "file")
+    assert "File exists" in cli(*line, expect=1)
+
+
 def test_results_are_measured_again(cli: Any, scenes: Path, tmp_path: Path) -> None:
     """On request, or for another question; not otherwise."""
     flags = ("eval", "--data", scenes, "--no-clicks", "--methods", "grabcut", "--output", tmp_path)
@@ -105,9 +124,10 @@ def test_methods_without_an_answer_are_left_out(cli: Any, scenes: Path) -> None:
         (("--data", "{scenes}", "--model-type", "tiny"), 1, "tiny needs --checkpoint"),
         (("--data", "{scenes}", "--no-clicks", "--no-box"), 1, "clicks, box and everything"),
         (("--data", "{scenes}", "--methods", "grabcut", "--no-box"), 1, "none of the methods answers the prompts"),
+        (("--data", "{scenes}", "--name", "grabcut"), 2, "--name grabcut is the name of another method"),
         (("nothing.json",), 1, "nothing.json"),
     ],
-    ids=["nothing", "data", "methods", "checkpoint", "prompts", "answers", "results"],
+    ids=["nothing", "data", "methods", "checkpoint", "prompts", "answers", "name", "results"],
 )
 def test_errors(cli: Any, scenes: Path, flags: tuple[str, ...], status: int, message: str) -> None:
     assert message in cli("eval", *(flag.format(scenes=scenes) for flag in flags), expect=status)

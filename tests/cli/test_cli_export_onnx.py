@@ -77,3 +77,8 @@ def test_quantized_and_approximate(cli: Any, flags: tuple, tmp_path: Path) -> No
 
 def test_old_opset_is_refused(cli: Any, flags: tuple) -> None:
     assert "opset must be 17 or newer, got 11" in cli(*flags, "--opset", "11", expect=1)
+
+
+def test_both_models_in_one_file_are_refused(cli: Any, flags: tuple) -> None:
+    text = cli(*flags, "--quantize-out", flags[-1].parent / ".." / "new" / "sam.onnx", expect=2)
+    assert "--quantize-out would replace" in text and not flags[-1].exists()

@@ -112,6 +112,30 @@ def test_mask_input_refines_an_earlier_prediction(
     np.testing.assert_array_equal(read(tmp_path / "out")[1], expected)
 
 
+def test_nothing_of_an_earlier_call_stays(cli: Any, flags: tuple, tmp_path: Path) -> None:
+    """Neither masks of other prompts nor logits of other masks; what no call wrote, and the logits given, do."""
+    out = tmp_path / "out"
+    cli(*flags, "--point", "60,70", "--save-logits")
+    for name in ("wide_3.png", "wide_side.png", "wide_0_logits.txt"):
+        (out / name).write_text("mine")
+    cli(*flags, "--point", "20,30", "--single")
+    others = {"wide.json", "wide_overlay.jpg", "wide_3.png", "wide_side.png", "wide_0_logits.txt"}
+    assert {path.name for path in out.iterdir()} == {"wide_0.png", *others}
+    cli(*flags, "--point", "60,70", "--save-logits")
+    cli(*flags, "--point", "60,70", "--single", "--mask-input", out / "wide_1_logits.npy")
+    assert {path.name for path in out.iterdir()} == {"wide_0.png", "wide_1_logits.npy", *others}
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not JSON", '{"masks": 3}'])
+def test_json_of_another_program_counts_nothing(cli: Any, flags: tuple, tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "wide.json").write_text(text)
+    (out / "wide_2.png").write_text("mine")
+    cli(*flags, "--point", "20,30", "--single")
+    assert (out / "wide_2.png").read_text() == "mine" and read(out)[0]["image"] == "wide.png"
+
+
 def test_a_picture_too_long_for_a_jpeg_is_made_smaller(cli: Any, flags: tuple, tmp_path: Path) -> None:
     Image.new("RGB", (70_000, 4)).save(tmp_path / "long.png")
     cli(*flags[:2], tmp_path / "long.png", *flags[3:], "--point", "1e10,2", "--single")
@@ -208,8 +232,9 @@ class TestEmbedding:
         (("--point", "1,2,7"), "label is 1 (foreground) or 0 (background)"),
         (("--box", "1,2,3"), "--box takes 4 numbers"),
         (("--box", "1,2,3,4", "--box", "5,6,7,8", "--point", "1,2"), "objects of their own"),
+        (("--box", "1,2,3,4", "--box", "50,60,70,40"), "--box 50,60,70,40: X0,Y0 is the upper left corner"),
     ],
-    ids=["none", "short", "long", "letters", "nan", "label", "box", "boxes-and-point"],
+    ids=["none", "short", "long", "letters", "nan", "label", "box", "boxes-and-point", "corners"],
 )
 def test_wrong_prompts_are_usage_errors(cli: Any, flags: tuple, prompts: tuple[str, ...], message: str) -> None:
     text = " ".join(cli(*flags, *prompts, expect=2).replace("│", " ").split())
@@ -221,6 +246,8 @@ def test_mask_file_of_wrong_content(cli: Any, flags: tuple, tmp_path: Path) -> N
     assert "float logits [1,h,w]" in cli(*flags, "--mask-input", tmp_path / "bad.npy", expect=1)
     np.save(tmp_path / "small.npy", np.zeros((1, 8, 8), np.float32))
     assert "h = w = 64" in cli(*flags, "--mask-input", tmp_path / "small.npy", expect=1)
+    np.save(tmp_path / "nan.npy", np.full((1, 64, 64), np.nan, np.float32))
+    assert "nan.npy must hold finite logits" in cli(*flags, "--mask-input", tmp_path / "nan.npy", expect=1)
     np.save(tmp_path / "object.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert "allow_pickle=False" in cli(*flags, "--mask-input", tmp_path / "object.npy", expect=1)
 
