@@ -1,13 +1,14 @@
 """SamPredictor: set an image once, then ask for masks by points, boxes and earlier masks.
 
 The way of the data, from top to bottom: read_image and prepare_image (preprocess.py), on a GPU preprocess_images;
-encode (runtime), prompts to tensors (prompts.py), decode (runtime), postprocess (runtime), to the host, unpack.
+encode (runtime), prompts to tensors (prompts.py) on the device (transfers.py), decode and postprocess (runtime), to the
+host and unpacked (transfers.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ import torch
 from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import Sam
 from sam_fast.ops.backend import unavailable_reason
-from sam_fast.ops.packed_masks import unpack_masks
 from sam_fast.preprocess import (
     ImageLike,
     postprocesses_plainly,
@@ -24,19 +24,16 @@ from sam_fast.preprocess import (
     preprocesses_plainly,
     read_image,
 )
-from sam_fast.prompts import group_prompts, single_prompt_shape, to_prompts
+from sam_fast.prompts import group_prompts, single_prompt_shape
 from sam_fast.runtime import InferenceRuntime
 from sam_fast.runtime.inference import Prompts
-from sam_fast.runtime.streams import Download, upload
+from sam_fast.transfers import Results, prompts_to, to_host
 from sam_fast.utils.transforms import ResizeLongestSide
 
 Prediction = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 # Images encoded together; on a CPU one at a time is as fast and needs less memory.
 _ENCODE_BATCH = {"cuda": 8}
-
-# Bytes that go to or from a GPU by way of pinned memory, which PyTorch keeps. Of more, the copy takes longest anyway.
-_MOST_PINNED = 64 << 20
 
 
 class SamPredictor:
@@ -220,8 +217,8 @@ class SamPredictor:
         """
         current = self._current(embedding)
         arrays = {"points": point_coords, "labels": point_labels, "boxes": box, "masks": mask_input}
-        results = self._predict(current, self._to_prompts(arrays, current), multimask_output, return_logits)
-        ((masks, iou, low_res),) = _to_host([results])
+        results = self._predict(current, prompts_to(self.device, arrays, current), multimask_output, return_logits)
+        ((masks, iou, low_res),) = to_host([results])
         if single_prompt_shape(arrays, masks.shape[0]):
             masks, iou, low_res = masks[0], iou[0], low_res[0]
         return masks.numpy(), iou.numpy(), low_res.numpy()
@@ -303,29 +300,19 @@ class SamPredictor:
 
     # -- inside
 
-    def _to_prompts(self, arrays: Mapping[str, Any], embedding: ImageEmbedding) -> Prompts:
-        """`to_prompts` on the model's device; the host does not wait for a GPU to take them."""
-        device = self.device
-        if device.type != "cuda":
-            return to_prompts(arrays, embedding, device)
-        prompts = to_prompts(arrays, embedding, torch.device("cpu"))
-        if _nbytes(x for x in prompts if x is not None) > _MOST_PINNED:
-            return Prompts(*(x if x is None else x.to(device) for x in prompts))
-        return Prompts(*(x if x is None else upload(x, device) for x in prompts))
-
     def _predict(
         self, embedding: ImageEmbedding, prompts: Prompts, multimask_output: bool, return_logits: bool
-    ) -> _Results:
+    ) -> Results:
         low_res, iou = self.runtime.decode(embedding, prompts, multimask_output)
         if not postprocesses_plainly(self.model):
             masks = self.model.postprocess_masks(low_res, embedding.input_size, embedding.original_size)
-            return _Results(masks if return_logits else masks > self.model.mask_threshold, iou, low_res)
+            return Results(masks if return_logits else masks > self.model.mask_threshold, iou, low_res)
         if return_logits:
             masks = self.runtime.full_size_logits(embedding, low_res.flatten(0, 1))
-            return _Results(masks.view(low_res.shape[:2] + masks.shape[1:]), iou, low_res)
+            return Results(masks.view(low_res.shape[:2] + masks.shape[1:]), iou, low_res)
         bits = self.runtime.postprocess(embedding, low_res.flatten(0, 1)).bits
         assert bits is not None
-        return _Results(bits.view(low_res.shape[:2] + bits.shape[1:]), iou, low_res, embedding.original_size[1])
+        return Results(bits.view(low_res.shape[:2] + bits.shape[1:]), iou, low_res, embedding.original_size[1])
 
     def _predict_ragged(
         self,
@@ -342,11 +329,11 @@ class SamPredictor:
             return self.predict(coords, labels, boxes, masks, multimask_output, return_logits, embedding=embedding)
         current = self._current(embedding)
         results = [
-            self._predict(current, self._to_prompts(arrays, current), multimask_output, return_logits)
+            self._predict(current, prompts_to(self.device, arrays, current), multimask_output, return_logits)
             for _, arrays in groups
         ]
         rows: dict[int, tuple[torch.Tensor, ...]] = {}
-        for (indices, _), arrived in zip(groups, _to_host(results), strict=True):
+        for (indices, _), arrived in zip(groups, to_host(results), strict=True):
             for row, index in enumerate(indices):
                 rows[index] = tuple(column[row] for column in arrived)
         columns = zip(*(rows[i] for i in range(len(rows))), strict=True)
@@ -380,49 +367,3 @@ class SamPredictor:
             known = self.runtime.adopt(self.features, self.original_size, self.input_size)
             self._embedding = known
         return known.to(self.device)
-
-
-class _Results(NamedTuple):
-    """What N prompts gave, where the model is.
-
-    masks: [N, M, H, W], bool or float32 logits; of `width`, bits [N, M, H, row_bytes(W)] uint8.
-    iou: [N, M] float32.
-    low_res: [N, M, 4s, 4s] float32 logits.
-    width: W of masks that are packed, in pixels, or None.
-    """
-
-    masks: torch.Tensor
-    iou: torch.Tensor
-    low_res: torch.Tensor
-    width: int | None = None
-
-    def unpacked(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Masks [N, M, H, W], predicted IoUs and logits, where they are."""
-        masks = self.masks if self.width is None else unpack_masks(self.masks, self.width)
-        return masks, self.iou, self.low_res
-
-
-def _to_host(results: Sequence[_Results]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """`unpacked` on the host; all that a GPU computed comes in one copy, which is waited for once."""
-    tensors = [x for result in results for x in result[:3]]
-    # Somebody's own `postprocess_masks` may leave its masks anywhere.
-    together = all(x.is_cuda and x.device == tensors[0].device for x in tensors)
-    if not together or _nbytes(tensors) > _MOST_PINNED:
-        return [_Results(r.masks.cpu(), r.iou.cpu(), r.low_res.cpu(), r.width).unpacked() for r in results]
-    arrived = []
-
-    def receive(*staged: torch.Tensor) -> None:
-        """Copy or unpack what lies in memory that the next copy uses again."""
-        columns = staged[::3], staged[1::3], staged[2::3]
-        for result, masks, iou, low_res in zip(results, *columns, strict=True):
-            own = masks.clone() if result.width is None else masks
-            arrived.append(_Results(own, iou.clone(), low_res.clone(), result.width).unpacked())
-
-    download = Download(tensors[0].device)
-    download.add(tensors, receive)
-    download.finish()
-    return arrived
-
-
-def _nbytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(x.nbytes for x in tensors)

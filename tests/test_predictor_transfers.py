@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sam_fast import SamPredictor, native, predictor
+from sam_fast import SamPredictor, native, transfers
 from sam_fast.ops.postprocess_masks import PostprocessedMasks
 from sam_fast.runtime.inference import Prompts
 
@@ -242,7 +242,7 @@ def test_tensors_stay_on_the_gpu(ours, on_gpu):
 @pytest.mark.parametrize("most", [2**11, 0])
 def test_more_than_fits_is_not_pinned(most, ours, on_gpu, monkeypatch):
     """PyTorch keeps pinned memory for as long as the process lives."""
-    monkeypatch.setattr(predictor, "_MOST_PINNED", most)
+    monkeypatch.setattr(transfers, "_MOST_PINNED", most)
     got, gpu = on_gpu("predict", **SINGLE)
     assert gpu.waits == (["cpu"] * 3 if most else ["to"] * 2 + ["cpu"] * 3) and not gpu._pinned[2:]
     assert_same(got, ours.predict(**SINGLE))
