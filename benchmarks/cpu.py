@@ -211,7 +211,7 @@ def gate_of(case: str, precisions: Sequence[str]) -> Callable[[Any, Any], float]
         if isinstance(got, list):
             if precision == "fp32" and [r["bbox"] for r in got] != [r["bbox"] for r in expected]:
                 raise WrongResult(f"{len(got)} records against {len(expected)}, or other boxes")
-            return abs(len(got) - len(expected)) / len(expected)
+            return abs(len(got) - len(expected)) / max(1, len(expected))
         got, expected = torch.as_tensor(got), torch.as_tensor(expected)
         if got.dtype == torch.bool:
             error = (got != expected).float().mean().item()
@@ -247,7 +247,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument(
-        "--peers", nargs="+", default=[TRANSFORMERS, ONNXRUNTIME, *OURS], help="beside the official one"
+        "--peers",
+        nargs="+",
+        default=[TRANSFORMERS, ONNXRUNTIME, *OURS],
+        choices=[TRANSFORMERS, ONNXRUNTIME, *OURS],
+        help="beside the official one",
     )
     parser.add_argument("--repetitions", type=int, default=3, help="one prompt: five times as many; automatic: once")
     parser.add_argument("--points-per-side", type=int, default=32)

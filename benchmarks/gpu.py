@@ -31,6 +31,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+SECTIONS = ("encoder", "click", "decode", "post", "amg", "cold")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 _TEST_SECONDS = 150  # after which tests are stopped
 _TESTS_NEED = ("segment_anything", "hypothesis", "cv2", "pytest")
 _BUILT = "SAM_FAST_BENCHMARK_BUILT"  # set while the program runs a second time, after a build
@@ -38,12 +40,16 @@ _BUILT = "SAM_FAST_BENCHMARK_BUILT"  # set while the program runs a second time,
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="encoder,click,decode,post,amg,cold", help="comma-separated")
+    parser.add_argument("--sections", type=sections, default=",".join(SECTIONS), help="comma-separated")
     parser.add_argument("--models", nargs="+", default=["vit_b", "vit_l", "vit_h"])
-    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp16", "fp8"], help="of sam_fast")
+    parser.add_argument(
+        "--precisions", nargs="+", default=["bf16", "fp16", "fp8"], choices=PRECISIONS, help="of sam_fast"
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the encoder")
     parser.add_argument("--prompts", nargs="+", type=int, default=[64, 1024], help="of decode; post takes the first")
-    parser.add_argument("--sizes", nargs="+", default=["1080x1920", "480x640", "1500x2250"], help="click: the first")
+    parser.add_argument(
+        "--sizes", nargs="+", type=size, default=[(1080, 1920), (480, 640), (1500, 2250)], help="click: the first"
+    )
     parser.add_argument("--points-per-side", type=int, default=32)
     parser.add_argument("--peers", help="a folder with more packages, put on sys.path: segment_anything, ...")
     parser.add_argument("--compile", action="store_true", help="time the compiled official encoder, too (minutes)")
@@ -59,6 +65,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         given.models, given.batches, given.no_tests = given.models[:1], given.batches[:1], True
         given.sizes, given.budget = given.sizes[:1], min(given.budget, 80)
     return given
+
+
+def sections(text: str) -> list[str]:
+    """Names of sections, separated by commas.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such section.
+    """
+    names = text.split(",")
+    unknown = sorted(set(names) - set(SECTIONS))
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    return names
+
+
+def size(text: str) -> tuple[int, int]:
+    """(H, W) of an image, from a text such as 1080x1920.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no such thing.
+    """
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"a size is height x width in pixels, such as 1080x1920, got {text!r}")
+    return int(sides[0]), int(sides[1])
 
 
 def ensure_built() -> None:
@@ -116,17 +147,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     ensure_built()
     if given.peers:
-        sys.path.insert(0, str(Path(given.peers).resolve()))
-    passed = given.no_tests or run_tests(given.peers)
+        given.peers = str(Path(given.peers).resolve())  # tests begin in another folder
+        sys.path.insert(0, given.peers)
 
     from benchmarks.device_timing import print_rows, provenance
-    from benchmarks.gpu_sections import SECTIONS, Run, known_models, run_cold, run_model
+    from benchmarks.gpu_sections import Run, known_models, run_cold, run_model
 
-    sections = given.sections.split(",")
-    for kind, names, known in (("section", sections, SECTIONS), ("model", given.models, known_models())):
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise SystemExit(f"unknown {kind} {', '.join(unknown)}; there are {', '.join(known)}")
+    unknown = sorted(set(given.models) - set(known_models()))
+    if unknown:
+        raise SystemExit(f"unknown model {', '.join(unknown)}; there are {', '.join(known_models())}")
+    passed = given.no_tests or run_tests(given.peers)
     torch.set_grad_enabled(False)
     device = torch.device(given.device)
     command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
@@ -136,18 +166,18 @@ def main(arguments: list[str] | None = None) -> int:
         origin=provenance(device, command, given.commit),
         seconds=min(given.seconds, 0.2) if given.quick else given.seconds,
         deadline=start + given.budget,
-        sections=sections,
+        sections=given.sections,
         precisions=given.precisions,
         batches=given.batches,
         prompts=given.prompts,
-        sizes=[(int(height), int(width)) for height, width in (size.split("x") for size in given.sizes)],
+        sizes=given.sizes,
         points_per_side=given.points_per_side,
         compiled=given.compile,
     )
-    if set(sections) != {"cold"}:
+    if set(given.sections) != {"cold"}:
         for name in given.models:
             run_model(run, name)
-    if "cold" in sections:
+    if "cold" in given.sections:
         run_cold(run, given.models[0], given.peers)
     print_rows(run.rows)
     for title, lines in (("left out", run.left_out), ("REFUSED", run.refused)):

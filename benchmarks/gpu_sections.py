@@ -7,12 +7,11 @@ A gate compares a peer's result with the first peer's before any time is taken. 
     post     share of masks with another box
     amg      share of the reference's boxes for which there is none of IoU 0.9
     cold     none: a new process that makes a first mask; wall time is that of the process, "device" time begins when
-             Python has started
+             Python has started, and "auto" is sam_fast's precision on that device
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
@@ -32,14 +31,13 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.device_timing import DeviceRow, Measurement, measure, row
-from benchmarks.peers import CONFIGS, OFFICIAL, OURS, DevicePeer, ImageState, build_ours, peers_of
+from benchmarks.peers import CONFIGS, OFFICIAL, OURS, DevicePeer, ImageState, build_ours, has_official, peers_of
 from benchmarks.timing import WrongResult, append_rows
 from sam_fast import SamPredictor
 from sam_fast.modeling import Sam
 from sam_fast.runtime.inference import Prompts
 from sam_fast.utils.transforms import ResizeLongestSide
 
-SECTIONS = ("encoder", "click", "decode", "post", "amg", "cold")
 STABILITY = 0.8
 # The largest error of a result that is timed, by section and precision. fp32: rounding of sums in another order, and
 # a mask's edge that falls on the other side of a pixel. Narrower formats: seeded weights make logits of hundreds out of
@@ -287,19 +285,22 @@ def _unmatched(expected: list[dict], got: list[dict]) -> float:
 
 
 def run_cold(run: Run, name: str, peers_folder: str | None) -> None:
-    """From the start of a process to the first mask, with nothing compiled yet, and then with what the first left."""
-    from benchmarks.peers import has_official
+    """From the start of a process to the first mask, with nothing compiled yet, and then with what the first left.
 
+    The official code, whose processes leave each other nothing, is started once.
+    """
     model = build_ours(name, torch.device("cpu"))
-    names = [OURS, OFFICIAL] if has_official() else [OURS]
+    starts = [(OFFICIAL, "fp32", "no cache")] if has_official() else []
+    starts += [(OURS, "auto", "empty cache"), (OURS, "auto", "filled cache")]
+    first_ms: float | None = None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / f"{name}.pth"
         torch.save(model.state_dict(), checkpoint)
         del model
-        for peer, cache in itertools.product(names, ("empty", "filled")):
-            shape = f"{name}, {_text(run.sizes[0])}, {cache} cache"
-            if run.is_late(f"cold {shape} | {peer}") or (peer == OFFICIAL and cache == "empty"):
-                continue  # eager PyTorch keeps nothing between processes
+        for peer, precision, cache in starts:
+            shape = f"{name}, {_text(run.sizes[0])}, {cache}"
+            if run.is_late(f"cold {shape} | {peer}"):
+                continue
             command = [sys.executable, "-m", "benchmarks.cold_start", name, str(checkpoint), peer]
             command += [str(run.device), *map(str, run.sizes[0])]
             environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton"}
@@ -309,12 +310,14 @@ def run_cold(run: Run, name: str, peers_folder: str | None) -> None:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
             wall = 1e3 * (time.perf_counter() - start)
             if done.returncode:
-                run.left_out.append(f"cold {shape} | {peer}: {done.stderr.strip().splitlines()[-1:]}")
+                reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+                (run.refused if peer == OURS else run.left_out).append(f"cold {shape} | {peer}: {reason}")
                 continue
             stages = json.loads(done.stdout.splitlines()[-1])
             print("  " + ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in stages.items()))
             measured = Measurement((1e3 * sum(stages.values()),), (wall,), None)
-            run.add(row("cold", shape, "auto", peer, measured, None, None, run.origin))
+            run.add(row("cold", shape, precision, peer, measured, first_ms, None, run.origin))
+            first_ms = first_ms or measured.device[0]
 
 
 def known_models() -> list[str]:

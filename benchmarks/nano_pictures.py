@@ -1,14 +1,13 @@
 """Pictures by which a person can judge nano: clicked objects and automatic masks of the photos, and its training curve.
 
-    python -m benchmarks.nano_pictures [metrics.csv ...]
-
-writes docs/images/nano_clicks.jpg, nano_masks.jpg and, if given the logs of its training runs in order, nano_curve.png.
+`python -m benchmarks.nano_pictures [metrics.csv ...]` writes nano_clicks.jpg, nano_masks.jpg and, if given the logs of
+its training runs in order, nano_curve.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +78,16 @@ def draw_curve(logs: list[Path]) -> Image.Image:
     return canvas
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Draw all pictures."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="*", type=Path, metavar="metrics.csv", help="of training runs, in order")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="a folder")
+    given = parser.parse_args(arguments)
+    missing = [str(path) for path in given.logs if not path.is_file()]
+    if missing:
+        parser.error(f"no such file: {', '.join(missing)}")
+    given.output.mkdir(parents=True, exist_ok=True)
     model = sam_model_registry["nano"]()
     predictor, generator = SamPredictor(model), SamAutomaticMaskGenerator(model, **NANO_SETTINGS)
     source = open_source("photos")
@@ -91,11 +97,11 @@ def main() -> None:
         clicked.append(np.asarray(draw_clicks(predictor, sample.image, sample.masks)))
         pair = beside(Image.fromarray(sample.image), draw_masks(sample.image, generator.generate(sample.image)))
         automatic.append(np.asarray(pair.resize((900, round(900 * pair.height / pair.width)))))
-    Image.fromarray(np.concatenate(clicked)).save(FOLDER / "nano_clicks.jpg", quality=85)
-    Image.fromarray(np.concatenate(automatic)).save(FOLDER / "nano_masks.jpg", quality=85)
-    if len(sys.argv) > 1:
-        draw_curve([Path(argument) for argument in sys.argv[1:]]).save(FOLDER / "nano_curve.png")
-    print(f"pictures: {FOLDER}")
+    Image.fromarray(np.concatenate(clicked)).save(given.output / "nano_clicks.jpg", quality=85)
+    Image.fromarray(np.concatenate(automatic)).save(given.output / "nano_masks.jpg", quality=85)
+    if given.logs:
+        draw_curve(given.logs).save(given.output / "nano_curve.png")
+    print(f"pictures: {given.output}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import Peer, Row, WrongResult, compare, peak_extra_memory, print_rows, rows, write_rows
+from benchmarks.timing import (
+    Peer,
+    Row,
+    WrongResult,
+    compare,
+    peak_extra_memory,
+    positive,
+    print_rows,
+    rows,
+    write_rows,
+)
 from sam_fast.ops.packed_masks import unpack_masks
 from sam_fast.ops.postprocess_masks import postprocess_masks
 from sam_fast.ops.rle import decode_rle, encode_rle
@@ -178,11 +188,11 @@ def measure(case: str, masks: int, size: tuple[int, int], repetitions: int) -> l
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--masks", type=int, default=192, help="masks of the cases blurred and noise")
-    parser.add_argument("--height", type=int, default=1200)
-    parser.add_argument("--width", type=int, default=1800)
+    parser.add_argument("--masks", type=positive, default=192, help="masks of the cases blurred and noise")
+    parser.add_argument("--height", type=positive, default=1200)
+    parser.add_argument("--width", type=positive, default=1800)
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument(
         "--cases", nargs="+", default=["blurred", "noise", "click"], choices=["blurred", "noise", "click"]
     )

@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from benchmarks.timing import Row, Timing, WrongResult, print_rows, rows, write_rows
+from benchmarks.timing import Row, Timing, WrongResult, positive, print_rows, rows, write_rows
 from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import make_scene
 
@@ -43,7 +43,7 @@ def measure(size: int, scenes: int, held_out: bool) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512])
-    parser.add_argument("--scenes", type=int, default=200)
+    parser.add_argument("--scenes", type=positive, default=200)
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--no-write", action="store_true", help="print only, leave benchmarks/results alone")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ counts. A peer whose result is wrong has no time: `compare` raises before it mea
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import ctypes
@@ -215,6 +216,17 @@ def _git(*arguments: str) -> str:
     except FileNotFoundError:
         return ""
     return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def positive(text: str) -> int:
+    """A number of a command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not a whole number, or below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def rows(

@@ -58,13 +58,38 @@ def test_every_section_writes_rows(tmp_path, monkeypatch, capsys):
 
 def test_cold_start(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "ensure_built", lambda: None)
-    monkeypatch.setattr(peers, "has_official", lambda: False)  # ours alone: each process imports torch for seconds
+    for module in (peers, gpu_sections):  # ours alone: each process imports torch for seconds
+        monkeypatch.setattr(module, "has_official", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     output = tmp_path / "gpu.csv"
     assert gpu.main([*ARGUMENTS, "--sections", "cold", "--output", str(output), "--budget", "1000"]) == 0
     rows = rows_of(output)
     assert [row["shape"] for row in rows] == ["tiny, 32x48, empty cache", "tiny, 32x48, filled cache"]
     assert all(0 < float(row["device_ms"]) < float(row["wall_ms"]) for row in rows)
+
+
+def test_cold_starts_are_compared_with_the_official_one(tmp_path, monkeypatch):
+    """In its own precision; what cannot be imported is left out, and where we fail, so does the program."""
+    seconds = {peers.OFFICIAL: [3.0], peers.OURS: [6.0, 1.5]}
+    code = 0
+
+    def start(command, **_):
+        stages = f'{{"mask": {seconds[command[5]].pop(0)}}}'
+        return subprocess.CompletedProcess(command, code, stages, "Traceback:\nImportError: no such name")
+
+    monkeypatch.setattr(gpu_sections.subprocess, "run", start)
+    run = make_run(tmp_path)
+    gpu_sections.run_cold(run, "tiny", None)
+    found = [(row.peer, row.precision, row.shape.split(", ")[-1], row.speedup) for row in run.rows]
+    assert found == [
+        (peers.OFFICIAL, "fp32", "no cache", 1.0),
+        (peers.OURS, "auto", "empty cache", 0.5),
+        (peers.OURS, "auto", "filled cache", 2.0),
+    ]
+    code, seconds = 1, {peers.OFFICIAL: [0.0], peers.OURS: [0.0, 0.0]}
+    gpu_sections.run_cold(run, "tiny", None)
+    assert run.left_out == [f"cold tiny, 32x48, no cache | {peers.OFFICIAL}: ImportError: no such name"]
+    assert [line.split(" | ")[1] for line in run.refused] == [f"{peers.OURS}: ImportError: no such name"] * 2
 
 
 def make_run(tmp_path: Path, **changes) -> gpu_sections.Run:
@@ -247,8 +272,39 @@ def test_without_a_gpu():
     assert done.returncode == 2 and "needs a GPU" in done.stderr
 
 
-@pytest.mark.parametrize("bad", [["--sections", "encoder,decoder"], ["--models", "vit_x"]])
-def test_unknown_names(bad, monkeypatch):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (["--sections", "encoder,decoder"], "unknown section decoder; there are encoder, click"),
+        (["--sizes", "1080x1920", "1080"], "such as 1080x1920, got '1080'"),
+        (["--sizes", "0x5"], "got '0x5'"),
+        (["--precisions", "bf16", "bf61"], "invalid choice: 'bf61'"),
+    ],
+    ids=["section", "size", "no pixels", "precision"],
+)
+def test_wrong_arguments_are_named_at_once(bad, message, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "ensure_built", pytest.fail)
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", *bad])
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_models_are_named_before_the_tests(monkeypatch):
     monkeypatch.setattr(gpu, "ensure_built", lambda: None)
-    with pytest.raises(SystemExit, match="unknown"):
-        gpu.main(["--device", "cpu", "--no-tests", *bad])
+    monkeypatch.setattr(gpu, "run_tests", pytest.fail)
+    with pytest.raises(SystemExit, match="unknown model vit_x; there are vit_b"):
+        gpu.main(["--device", "cpu", "--models", "vit_x"])
+
+
+def test_tests_find_the_peers_of_a_relative_folder(monkeypatch, tmp_path):
+    """They begin in the repository's folder, wherever this program was called."""
+    monkeypatch.setattr(gpu, "ensure_built", lambda: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    folders: list[str | None] = []
+    monkeypatch.setattr(gpu, "run_tests", lambda folder: folders.append(folder) is None)
+    gpu.main([*ARGUMENTS, "--peers", "packages", "--sections", "cold", "--budget", "0"])
+    assert folders == []  # --quick makes no tests
+    arguments = [argument for argument in ARGUMENTS if argument != "--quick"]
+    gpu.main([*arguments, "--peers", "packages", "--sections", "cold", "--budget", "0"])
+    assert folders == [str(tmp_path / "packages")] and sys.path[0] == str(tmp_path / "packages")

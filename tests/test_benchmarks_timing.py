@@ -1,14 +1,15 @@
-"""What the benchmarks share: rows that outlive a mistake, and where they come from."""
+"""What the benchmarks share: rows that outlive a mistake, where they come from, and arguments that make no sense."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from benchmarks import timing
+from benchmarks import cpu, nano_pictures, postprocess, scenes, timing
 
 
 @dataclass(frozen=True)
@@ -60,3 +61,30 @@ def test_outside_of_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert timing.commit() == "unknown"
     monkeypatch.setenv("PATH", "")
     assert timing.commit() == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (cpu, ["--peers", "sam_fast", "sam_slow"], "invalid choice: 'sam_slow'"),
+        (scenes, ["--scenes", "0"], "--scenes: must be a whole number from 1 on, got '0'"),
+        (postprocess, ["--masks", "-1"], "--masks: must be a whole number from 1 on, got '-1'"),
+        (nano_pictures, ["no_such.csv"], "no such file: no_such.csv"),
+    ],
+    ids=["cpu", "scenes", "postprocess", "nano_pictures"],
+)
+def test_wrong_arguments_are_named(
+    program, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program.__name__, *arguments])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert message in capsys.readouterr().err
+
+
+def test_help_draws_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nano_pictures, "FOLDER", tmp_path / "images")
+    monkeypatch.setattr(sys, "argv", ["nano_pictures", "--help"])
+    with pytest.raises(SystemExit):
+        nano_pictures.main()
+    assert not any(tmp_path.iterdir())

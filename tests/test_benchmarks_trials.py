@@ -335,5 +335,8 @@ def test_unknown_names(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(["--sections", "attention,rest"])
     assert "unknown section rest" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        program.main(["--size", "1080"])
+    assert "such as 1080x1920, got '1080'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="unknown model vit_x"):
         work(tmp_path, "rows", "--models", "vit_x")

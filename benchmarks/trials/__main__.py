@@ -29,6 +29,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.gpu import size
+
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles", "training")
 FINISHED = (0, 1, 2)  # exit codes of a child that needs no other after it
@@ -43,7 +45,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], help="of profiles")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="images of an encoder")
     parser.add_argument("--prompts", nargs="+", type=int, default=[64, 1024], help="kernels: the first, decoder: last")
-    parser.add_argument("--size", default="1080x1920", help="of the image, in profiles and the whole decoder")
+    parser.add_argument(
+        "--size", type=size, default=(1080, 1920), help="of the image, in profiles and the whole decoder"
+    )
     parser.add_argument("--points-per-side", type=int, default=32, help="of automatic masks in profiles")
     parser.add_argument("--seconds", type=float, default=200, help="after which no new trial begins")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a trial counts as hung")
@@ -118,7 +122,6 @@ def work(given: argparse.Namespace, command: str) -> int:
     torch.set_grad_enabled(False)
     gc.freeze()  # the recording of each graph collects garbage first, and shall not look at all modules
     device = torch.device(given.device)
-    height, width = given.size.split("x")
     run = Run(
         device=device,
         folder=given.output,
@@ -129,7 +132,7 @@ def work(given: argparse.Namespace, command: str) -> int:
         precisions=given.precisions,
         batches=given.batches,
         prompts=given.prompts,
-        size=(int(height), int(width)),
+        size=given.size,
         points_per_side=given.points_per_side,
         threads=given.threads,
     )
