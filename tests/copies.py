@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +19,16 @@ class Copies(TorchDispatchMode):
         nbytes: so far.
     """
 
-    def __init__(self, *sides: int) -> None:
+    def __init__(self, *sides: int, names: Container[str] = _COPIES) -> None:
         super().__init__()
+        self._names = names
         self.nbytes = 0
         self._sides = sides
         self._listens = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self._listens and function.overloadpacket.__name__ in _COPIES:
+        if self._listens and function.overloadpacket.__name__ in self._names:
             written = args[2] if function.overloadpacket.__name__ == "index_put_" else result
             if isinstance(written, Tensor) and written.shape[-len(self._sides) :] == self._sides:
                 self.nbytes += written.nbytes

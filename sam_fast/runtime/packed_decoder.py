@@ -22,7 +22,7 @@ from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.plain import is_untouched
 from sam_fast.runtime.streams import Number
-from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, token_layers, two_way
+from sam_fast.runtime.two_way import FirstLayer, StackedSharing, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
 
 _PARTS = {MaskDecoder, TwoWayTransformer, TwoWayAttentionBlock, Attention, MLPBlock, MLP, LayerNorm2d}
@@ -95,6 +95,9 @@ class PackedDecoder:
             elif type(part) is nn.LayerNorm:
                 part.__class__ = _Float32LayerNorm
         self.layers = token_layers(self.transformer, backend)
+        for index, layer in enumerate(cast(list[TwoWayAttentionBlock], list(self.transformer.layers))):
+            if StackedSharing.fits(layer):
+                self.layers.blocks[index] = self.layers.blocks[index]._replace(share=StackedSharing(layer))
         self._output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
         upscaling = upscaling_weights(self.decoder.output_upscaling)
         in_dtype = [x.to(dtype).contiguous() if isinstance(x, Tensor) else x for x in upscaling]

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from sam_fast.ops.two_way_attention import Write, two_way_attention
 from sam_fast.runtime.perceptrons import Perceptron, perceptron_of
+from sam_fast.runtime.plain import is_packed_on
 
 MOST_TOKENS = 16  # of a prompt; with more of them it is cheaper to project the image
 
@@ -146,16 +147,17 @@ def two_way(
     for block in layers.blocks:
         queries = block.share(queries, tokens)
         if first is not None:
-            read = _read_projected(block.reading, queries + tokens, first)
+            read = _read_projected(block.reading, _placed(block.reading, queries, tokens), first)
         else:
-            pixels, read = _sweep(block.reading, queries + tokens, pixels, pe, write, backend, own)
+            placed = _placed(block.reading, queries, tokens)
+            pixels, read = _sweep(block.reading, placed, pixels, pe, write, backend, own)
             own = write is not None
         queries = block.reading.out_proj(read, queries)
         queries = block.mlp(queries, queries)
-        write = _offer(block.writing, block.norm, queries + tokens, queries, first)
+        write = _offer(block.writing, block.norm, _placed(block.writing, queries, tokens), queries, first)
         first = None
     queries, tokens = queries[:, :results], tokens[:, :results]
-    pixels, read = _sweep(layers.final, queries + tokens, pixels, pe, write, backend, own)
+    pixels, read = _sweep(layers.final, _placed(layers.final, queries, tokens), pixels, pe, write, backend, own)
     return layers.final.out_proj(read, queries), pixels
 
 
@@ -195,6 +197,61 @@ def _sharing(
     return share
 
 
+class StackedSharing:
+    """Self-attention of the tokens, with one product for all projections that read the same; weights are copied."""
+
+    def __init__(self, layer: TwoWayAttentionBlock) -> None:
+        """
+        Args:
+            layer: one that `fits`.
+        """
+        self._layer = layer
+        attention = layer.self_attn
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        stacked = [projections] if layer.skip_first_layer_pe else [projections[:2], projections[2:]]
+        self._weights = [torch.cat([one.weight for one in some]) for some in stacked]
+        self._biases = [torch.cat([one.bias for one in some]) for some in stacked]
+
+    @staticmethod
+    def fits(layer: TwoWayAttentionBlock) -> bool:
+        """Whether a layer's self-attention is the official one, with projections that are what their weights say."""
+        attention = layer.self_attn
+        if type(attention) is not Attention:
+            return False
+        return all(one.bias is not None for one in (attention.q_proj, attention.k_proj, attention.v_proj))
+
+    def __call__(self, queries: Tensor, tokens: Tensor) -> Tensor:
+        """[N, T, C] -> [N, T, C]."""
+        layer, attention, dtype = self._layer, self._layer.self_attn, self._weights[0].dtype
+        alone = layer.skip_first_layer_pe
+        given = [queries.to(dtype)] if alone else [_sum(queries, tokens, dtype).to(dtype), queries.to(dtype)]
+        products = map(F.linear, given, self._weights, self._biases)
+        q, k, v = (_heads(attention, x) for product in products for x in product.split(attention.internal_dim, dim=2))
+        read = attention.out_proj(_side_by_side(F.scaled_dot_product_attention(q, k, v)))
+        return layer.norm1(read if alone else queries + read)
+
+
+def _placed(layers: _AttentionLayers, queries: Tensor, tokens: Tensor) -> Tensor:
+    """Queries with the encoding of their places, as the attention's projections read them."""
+    return _sum(queries, tokens, layers.attention.q_proj.weight.dtype)
+
+
+def _sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a + b, by the same kernel rounded to `dtype` where it `_writes_into` what it is told."""
+    if a.dtype == dtype or not _writes_into(a):
+        return a + b
+    return torch.add(a, b, out=a.new_empty(a.shape, dtype=dtype))
+
+
+def _writes_into(x: Tensor) -> bool:
+    """Whether operations on x are told where to write, which neither gradients nor autocast allow.
+
+    On a CPU it would make products of few tokens slower.
+    """
+    kind = x.device.type
+    return is_packed_on(kind) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(kind)
+
+
 def _sweep(
     layers: _AttentionLayers,
     queries: Tensor,
@@ -213,9 +270,9 @@ def _sweep(
         image, pe[0], write, absorbed, attention.num_heads, backend=backend, overwrite=overwrite
     )
     assert read is not None
-    by_head = read.reshape(N * T, attention.num_heads, read.shape[2]).transpose(0, 1)  # [h, N T, C]
-    values = by_head @ _by_head(attention, attention.v_proj.weight).transpose(1, 2)  # [h, N T, d]
-    return image, values.transpose(0, 1).reshape(N, T, attention.internal_dim) + attention.v_proj.bias
+    by_head = read.reshape(N * T, attention.num_heads, read.shape[2])
+    values = _times(by_head, _by_head(attention, attention.v_proj.weight).transpose(1, 2))  # [N T, h, d]
+    return image, values.reshape(N, T, attention.internal_dim) + attention.v_proj.bias
 
 
 def _read_projected(layers: _AttentionLayers, queries: Tensor, first: FirstLayer) -> Tensor:
@@ -251,8 +308,17 @@ def _absorb(attention: Attention, x: Tensor, weight: Tensor) -> Tensor:
     """Tokens [N, T, h d] times a weight [h d, C], head by head: [N, T h, C]."""
     N, T, width = x.shape
     heads = attention.num_heads
-    by_head = x.reshape(N * T, heads, width // heads).transpose(0, 1)  # [h, N T, d]
-    return (by_head @ _by_head(attention, weight)).transpose(0, 1).reshape(N, T * heads, weight.shape[1])
+    by_head = x.reshape(N * T, heads, width // heads)
+    return _times(by_head, _by_head(attention, weight)).reshape(N, T * heads, weight.shape[1])
+
+
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N T, h, i] times a weight [h, i, o], head by head: [N T, h, o], on a GPU contiguous."""
+    if not _writes_into(x):
+        return (x.transpose(0, 1) @ weight).transpose(0, 1)
+    result = x.new_empty(*x.shape[:2], weight.shape[2])
+    torch.bmm(x.transpose(0, 1), weight, out=result.transpose(0, 1))
+    return result
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from copies import Copies
 from oracle import relative_error
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from sam_fast.runtime import decoding, plain
 from sam_fast.runtime.inference import InferenceRuntime, Prompts
 from sam_fast.runtime.packed_decoder import PackedDecoder, can_pack
 from sam_fast.runtime.streams import Ready
-from sam_fast.runtime.two_way import project_first_layer, two_way
+from sam_fast.runtime.two_way import StackedSharing, project_first_layer, two_way
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # of float32: products in another order; 2e-6 measured
@@ -114,6 +115,52 @@ def test_two_way_with_triton_equals_the_plain_transformer(model):
     got = two_way(transformer, start, rows_of(pe), tokens, backend="triton")
     for ours, theirs in zip(got, expected, strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [0, 1])
+def test_stacked_projections_equal_single_ones(index, model):
+    layer = model.mask_decoder.transformer.layers[index]
+    queries, tokens = (torch.randn(3, 7, 256, generator=torch.Generator().manual_seed(i)).to(DEVICE) for i in (0, 1))
+    assert layer.skip_first_layer_pe == (index == 0) and StackedSharing.fits(layer)
+    if index == 0:
+        expected = layer.norm1(layer.self_attn(queries, queries, queries))
+    else:
+        placed = queries + tokens
+        expected = layer.norm1(queries + layer.self_attn(placed, placed, queries))
+    assert relative_error(StackedSharing(layer)(queries, tokens), expected) <= TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["no bias", "another class"])
+def test_projections_that_cannot_be_stacked(change, model):
+    decoder = copy.deepcopy(model.mask_decoder)
+    attention = decoder.transformer.layers[1].self_attn
+    if change == "no bias":
+        attention.k_proj = nn.Linear(256, 256, bias=False, device=DEVICE)
+    else:
+        attention.__class__ = type("Own", (type(attention),), {})
+    assert not StackedSharing.fits(decoder.transformer.layers[1]) and can_pack(decoder) == (change == "no bias")
+    arguments = decoder_inputs(2, 3, 5, 7)
+    expected, _ = decoder(*arguments, multimask_output=True)
+    assert relative_error(run(PackedDecoder(decoder, torch.float32), *arguments)[0], expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_products_of_tokens_are_written_where_they_are_read(model, monkeypatch):
+    features, pe, sparse, dense = decoder_inputs(2, 2, 5, 7)
+    packed = PackedDecoder(model.mask_decoder, torch.bfloat16)
+    first = packed.project_first_layer(rows_of(features + dense), rows_of(pe))
+    copied, results = [], []
+    for devices in (set(), {DEVICE}):
+        monkeypatch.setattr(plain, "PACKED_ON", devices)
+        with Copies(8, 256, names={"clone"}) as copies:
+            results.append(packed.predict_tokens(first, rows_of(pe), sparse))
+        copied.append(copies.nbytes)
+    # [N, 7 tokens, 8 heads, C] four times, and five tokens at last.
+    assert copied == [2 * 2 * (4 * 7 + 5) * 8 * 256, 0]
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours.float(), theirs.float()) <= 1e-2  # the same, but for the order of sums
 
 
 def test_only_plain_decoders_are_packed(model):
