@@ -1,8 +1,11 @@
 """Micro-benchmarks of the operations against their references and the libraries they replace.
 
 Run with `python -m pytest benchmarks/test_ops.py --benchmark-only`. Each group is one task on the same input; the
-results of its contenders are compared before they are timed.
+result of a contender is checked before it is timed, and a wrong one has no time.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -43,14 +46,24 @@ def boxes() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([centre - size / 2, centre + size / 2], dim=1), torch.rand(3072, generator=generator)
 
 
-@pytest.mark.benchmark(group="postprocess_masks")
+def check_and_time(benchmark: Any, call: Callable[[], Any], check: Callable[[Any], bool]) -> None:
+    """Time a call whose result passes."""
+    assert check(call())
+    benchmark(call)
+
+
 @pytest.mark.parametrize("contender", ["native", "torch"])
 @pytest.mark.parametrize("return_bits", [True, False], ids=["bits", "no bits"])
 def test_postprocess_masks(benchmark, return_bits, contender):
+    benchmark.group = f"postprocess_masks{'' if return_bits else ', no bits'}"
     logits = make_logits("blurred", N)
     sizes = (input_size(HEIGHT, WIDTH), (HEIGHT, WIDTH), IMAGE_SIZE)
-    out = benchmark(lambda: postprocess_masks(logits, *sizes, return_bits=return_bits, backend=contender))
-    assert torch.equal(out.area, postprocess_masks(logits, *sizes, backend="torch").area)
+    expected = postprocess_masks(logits, *sizes, backend="torch")
+    check_and_time(
+        benchmark,
+        lambda: postprocess_masks(logits, *sizes, return_bits=return_bits, backend=contender),
+        lambda out: torch.equal(out.area, expected.area) and (out.bits is not None) == return_bits,
+    )
 
 
 @pytest.mark.benchmark(group="resize_logits")
@@ -58,8 +71,12 @@ def test_postprocess_masks(benchmark, return_bits, contender):
 def test_resize_logits(benchmark, contender):
     logits = make_logits("blurred", N)
     sizes = (input_size(HEIGHT, WIDTH), (HEIGHT, WIDTH), IMAGE_SIZE)
-    image = benchmark(lambda: resize_logits(logits, *sizes, backend=contender))
-    torch.testing.assert_close(image, resize_logits(logits, *sizes, backend="torch"))
+    expected = resize_logits(logits, *sizes, backend="torch")
+    check_and_time(
+        benchmark,
+        lambda: resize_logits(logits, *sizes, backend=contender),
+        lambda image: torch.allclose(image, expected, rtol=1.3e-6, atol=1e-5),
+    )
 
 
 def coco_encode(masks: torch.Tensor) -> list[dict]:
@@ -70,10 +87,15 @@ def coco_encode(masks: torch.Tensor) -> list[dict]:
 @pytest.mark.parametrize("contender", ["native", "torch", "numpy"])
 def test_pack_masks(benchmark, masks, bits, contender):
     if contender == "numpy":
-        packed = benchmark(lambda: np.packbits(masks.numpy(), axis=-1, bitorder="little"))
-        assert np.array_equal(packed, bits.numpy()[..., : packed.shape[-1]])
+        check_and_time(
+            benchmark,
+            lambda: np.packbits(masks.numpy(), axis=-1, bitorder="little"),
+            lambda packed: np.array_equal(packed, bits.numpy()[..., : packed.shape[-1]]),
+        )
     else:
-        assert torch.equal(benchmark(lambda: pack_masks(masks, backend=contender)), bits)
+        check_and_time(
+            benchmark, lambda: pack_masks(masks, backend=contender), lambda packed: torch.equal(packed, bits)
+        )
 
 
 @pytest.mark.benchmark(group="unpack_masks")
@@ -81,28 +103,42 @@ def test_pack_masks(benchmark, masks, bits, contender):
 def test_unpack_masks(benchmark, masks, bits, contender):
     if contender == "numpy":
         array = bits.numpy()
-        unpacked = benchmark(lambda: np.unpackbits(array, axis=-1, count=WIDTH, bitorder="little"))
-        assert np.array_equal(unpacked, masks.numpy())
+        check_and_time(
+            benchmark,
+            lambda: np.unpackbits(array, axis=-1, count=WIDTH, bitorder="little"),
+            lambda unpacked: np.array_equal(unpacked, masks.numpy()),
+        )
     else:
-        assert torch.equal(benchmark(lambda: unpack_masks(bits, WIDTH, backend=contender)), masks)
+        check_and_time(
+            benchmark,
+            lambda: unpack_masks(bits, WIDTH, backend=contender),
+            lambda unpacked: torch.equal(unpacked, masks),
+        )
 
 
 @pytest.mark.benchmark(group="encode to COCO strings")
 @pytest.mark.parametrize("contender", ["native", "torch", "pycocotools"])
 def test_encode_coco_rle(benchmark, masks, bits, contender):
+    expected = coco_encode(masks)
     if contender == "pycocotools":
-        codes = benchmark(lambda: coco_encode(masks))
+        check_and_time(benchmark, lambda: coco_encode(masks), lambda codes: codes == expected)
     else:
-        codes = benchmark(lambda: encode_coco_rle(bits, WIDTH, backend=contender))
-        codes = [{**code, "counts": code["counts"].encode()} for code in codes]
-    assert codes == coco_encode(masks)
+        check_and_time(
+            benchmark,
+            lambda: encode_coco_rle(bits, WIDTH, backend=contender),
+            lambda codes: [{**code, "counts": code["counts"].encode()} for code in codes] == expected,
+        )
 
 
 @pytest.mark.benchmark(group="encode to counts")
 @pytest.mark.parametrize("contender", ["native", "torch"])
 def test_encode_rle(benchmark, masks, bits, contender):
-    codes = benchmark(lambda: encode_rle(bits, WIDTH, backend=contender))
-    assert [compress_counts(code["counts"]).encode() for code in codes] == [c["counts"] for c in coco_encode(masks)]
+    expected = [code["counts"] for code in coco_encode(masks)]
+    check_and_time(
+        benchmark,
+        lambda: encode_rle(bits, WIDTH, backend=contender),
+        lambda codes: [compress_counts(code["counts"]).encode() for code in codes] == expected,
+    )
 
 
 @pytest.mark.benchmark(group="decode COCO strings")
@@ -110,28 +146,40 @@ def test_encode_rle(benchmark, masks, bits, contender):
 def test_decode_rle(benchmark, masks, bits, contender):
     codes = coco_encode(masks)
     if contender == "pycocotools":
-        assert np.array_equal(benchmark(lambda: coco.decode(codes)), masks.numpy().transpose(1, 2, 0))
+        check_and_time(
+            benchmark,
+            lambda: coco.decode(codes),
+            lambda decoded: np.array_equal(decoded, masks.numpy().transpose(1, 2, 0)),
+        )
     else:
-        assert torch.equal(benchmark(lambda: decode_rle(codes, backend=contender)), bits)
+        check_and_time(
+            benchmark, lambda: decode_rle(codes, backend=contender), lambda decoded: torch.equal(decoded, bits)
+        )
 
 
 @pytest.mark.benchmark(group="compress counts")
 @pytest.mark.parametrize("contender", ["native", "torch", "pycocotools"])
 def test_compress_counts(benchmark, bits, contender):
     code = encode_rle(bits, WIDTH)[0]
-    if contender == "pycocotools":
-        text = benchmark(lambda: coco.frPyObjects(code, HEIGHT, WIDTH)["counts"].decode())
-    else:
-        text = benchmark(lambda: compress_counts(code["counts"], backend=contender))
-    assert decompress_counts(text) == code["counts"]
+
+    def compress() -> str:
+        if contender == "pycocotools":
+            return coco.frPyObjects(code, HEIGHT, WIDTH)["counts"].decode()
+        return compress_counts(code["counts"], backend=contender)
+
+    check_and_time(benchmark, compress, lambda text: decompress_counts(text) == code["counts"])
 
 
-@pytest.mark.benchmark(group="nms of 3072 boxes")
 @pytest.mark.parametrize("threshold", [0.7, 0.3])
 @pytest.mark.parametrize("contender", ["native", "torch"])
 def test_nms(benchmark, boxes, threshold, contender):
-    kept = benchmark(lambda: nms(*boxes, threshold, backend=contender))
-    assert torch.equal(kept, nms(*boxes, threshold, backend="torch"))
+    benchmark.group = f"nms of 3072 boxes at {threshold}"
+    expected = nms(*boxes, threshold, backend="torch")
+    check_and_time(
+        benchmark,
+        lambda: nms(*boxes, threshold, backend=contender),
+        lambda kept: torch.equal(kept, expected),
+    )
 
 
 def opencv_fill_holes(mask: np.ndarray, area_threshold: int) -> np.ndarray:
@@ -148,8 +196,14 @@ def opencv_fill_holes(mask: np.ndarray, area_threshold: int) -> np.ndarray:
 def test_remove_small_regions(benchmark, masks, bits, contender):
     expected = np.stack([opencv_fill_holes(mask, 100) for mask in masks.numpy()])
     if contender == "opencv":
-        benchmark(lambda: [opencv_fill_holes(mask, 100) for mask in masks.numpy()])
+        check_and_time(
+            benchmark,
+            lambda: [opencv_fill_holes(mask, 100) for mask in masks.numpy()],
+            lambda filled: np.array_equal(filled, expected),
+        )
     else:
-        filled, changed = benchmark(lambda: remove_small_regions(bits, WIDTH, 100, "holes", backend=contender))
-        assert changed.all()
-        assert np.array_equal(unpack_masks(filled, WIDTH).numpy(), expected)
+        check_and_time(
+            benchmark,
+            lambda: remove_small_regions(bits, WIDTH, 100, "holes", backend=contender),
+            lambda out: out[1].all() and np.array_equal(unpack_masks(out[0], WIDTH).numpy(), expected),
+        )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, nano_pictures, postprocess, scenes, timing
+from benchmarks import cpu, nano_pictures, postprocess, scenes, test_ops, timing
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,12 @@ def test_help_draws_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     with pytest.raises(SystemExit):
         nano_pictures.main()
     assert not any(tmp_path.iterdir())
+
+
+def test_operations_with_a_wrong_result_have_no_time() -> None:
+    timed: list[object] = []
+    test_ops.check_and_time(timed.append, lambda: 1, lambda result: result == 1)
+    assert len(timed) == 1
+    with pytest.raises(AssertionError):
+        test_ops.check_and_time(timed.append, lambda: 1, lambda result: result == 2)
+    assert len(timed) == 1
