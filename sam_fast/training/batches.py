@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sam_fast.data.sample import Sample, SampleSource
-from sam_fast.training.prompts import noised_box, random_point
+from sam_fast.training.prompts import mask_boxes, noised_boxes, random_point
 
 _SAMPLES = 1000  # tried for one place of a batch: many may have no object
 _LOOKS = 20  # at a sample that is shown again: what is cut out of it may have no object
@@ -224,14 +224,10 @@ def prepare(
     Returns:
         None if no object of the sample covers `smallest` pixels at the resolution of the logits.
     """
-    image, masks = sample.image, sample.masks
-    if augmentation.flip and rng.random() < 0.5:
-        image, masks = image[:, ::-1], masks[:, :, ::-1]
-    image, masks = _fit(image, masks, side, rng.uniform(*augmentation.jitter), rng)
+    flip = augmentation.flip and rng.random() < 0.5
+    image, masks = _fit(sample.image, sample.masks, side, rng.uniform(*augmentation.jitter), flip, rng)
     height, width = image.shape[:2]
-    padded = np.zeros((len(masks), side, side), bool)
-    padded[:, :height, :width] = masks
-    targets = low_resolution(padded, scale)
+    targets = low_resolution(masks, scale)
     usable = np.flatnonzero(targets.sum((1, 2)) >= smallest)
     if len(usable) == 0:
         return None
@@ -239,8 +235,10 @@ def prepare(
     chosen = np.concatenate([rng.permutation(usable) for _ in range(rounds)])[:prompts]
     pixels = np.zeros((3, side, side), np.uint8)
     pixels[:, :height, :width] = image.transpose(2, 0, 1)
-    points = np.stack([random_point(padded[i], rng) for i in chosen])
-    boxes = np.stack([noised_box(padded[i], side, rng) for i in chosen])
+    points = np.stack([random_point(masks[i], rng) for i in chosen])
+    tight = np.zeros((len(masks), 4), np.float32)
+    tight[usable] = mask_boxes(masks[usable])
+    boxes = noised_boxes(tight[chosen], side, rng)
     regions = number_regions(targets, (-(-height // scale), -(-width // scale)))
     return pixels, np.array([height, width]), targets[chosen], points, boxes, regions
 
@@ -271,17 +269,31 @@ def number_regions(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _fit(
-    image: np.ndarray, masks: np.ndarray, side: int, factor: float, rng: np.random.Generator
+    image: np.ndarray, masks: np.ndarray, side: int, factor: float, flip: bool, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resize so that the longest side is `factor` * `side`, then cut a random window of at most `side` squared."""
+    """Resize so that the longest side is `factor` * `side`, and cut a random window of at most `side` squared.
+
+    Only the window is computed: the image by bilinear interpolation, masks by their nearest pixels.
+
+    Returns:
+        the window of the image, [h, w, 3], and the masks padded to [N, side, side]; mirrored if `flip` says so.
+    """
     height, width = image.shape[:2]
     scale = factor * side / max(height, width)
-    new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-    if (new_height, new_width) != (height, width):
-        size = (new_width, new_height)
-        image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-        resized = [np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks]
-        masks = np.stack(resized) if resized else np.zeros((0, new_height, new_width), bool)
-    y = int(rng.integers(max(new_height - side, 0) + 1))
-    x = int(rng.integers(max(new_width - side, 0) + 1))
-    return image[y : y + side, x : x + side], masks[:, y : y + side, x : x + side]
+    size = np.array([max(1, round(height * scale)), max(1, round(width * scale))])
+    h, w = np.minimum(size, side)
+    y, x = (int(rng.integers(slack + 1)) for slack in size - (h, w))
+    steps = (height, width) / size
+    window = Image.fromarray(image)
+    if tuple(size) == (height, width):
+        window = window.crop((x, y, x + w, y + h))
+    else:
+        box = (x * steps[1], y * steps[0], (x + w) * steps[1], (y + h) * steps[0])
+        window = window.resize((w, h), Image.Resampling.BILINEAR, box=box)
+    rows = ((y + np.arange(h) + 0.5) * steps[0]).astype(int)
+    columns = ((x + np.arange(w) + 0.5) * steps[1]).astype(int)
+    pixels, step = np.asarray(window), -1 if flip else 1
+    cut = np.zeros((len(masks), side, side), bool)
+    for own, mask in zip(cut, masks, strict=True):
+        own[:h, :w] = mask[rows][:, columns[::step]]
+    return pixels[:, ::step], cut

@@ -17,35 +17,37 @@ BOX_NOISE = 0.1  # standard deviation, of the side of the box
 BOX_NOISE_LIMIT = 20 / 1024  # at most, of the side of the model input
 
 
-def mask_box(mask: np.ndarray) -> np.ndarray:
-    """The tight box of a mask, bool [H, W] with at least one pixel: [4] float32, XYXY, last pixels included."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
+def mask_boxes(masks: np.ndarray) -> np.ndarray:
+    """The tight boxes of masks, bool [N, H, W], none empty: [N, 4] float32, XYXY, last pixels included."""
+    edges = []
+    for lines in (np.asarray(masks.any(1)), np.asarray(masks.any(2))):  # [N, W] and [N, H]
+        edges += [lines.argmax(1), lines.shape[1] - 1 - lines[:, ::-1].argmax(1)]
+    left, right, top, bottom = edges
+    return np.stack([left, top, right, bottom], axis=1).astype(np.float32)
 
 
-def noised_box(mask: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """The tight box of a mask with each edge moved by noise of 10% of the box's side, at most 20 pixels at 1024.
+def noised_boxes(boxes: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Boxes with each edge moved by noise of 10% of the box's side, at most 20 pixels at 1024.
 
     Args:
-        mask: bool [H, W], not empty, in the frame of the model input.
+        boxes: [N, 4] float32, XYXY, in the frame of the model input.
         side: S, side of the model input; the limit scales with it.
         rng: where the noise comes from.
 
     Returns:
-        [4] float32, XYXY, inside the S x S input.
+        [N, 4] float32, XYXY, inside the S x S input.
     """
-    box = mask_box(mask)
-    extent = np.tile([box[2] - box[0] + 1, box[3] - box[1] + 1], 2)
+    extent = np.tile(boxes[:, 2:] - boxes[:, :2] + 1, 2)
     limit = BOX_NOISE_LIMIT * side
-    noise = np.clip(rng.normal(size=4) * BOX_NOISE * extent, -limit, limit)
-    x0, y0, x1, y1 = np.clip(box + noise, 0, side - 1)
-    return np.array([min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)], np.float32)
+    noise = (rng.normal(size=boxes.shape) * BOX_NOISE * extent).clip(-limit, limit)
+    corners = (boxes + noise).clip(0, side - 1).reshape(-1, 2, 2)
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1).astype(np.float32)
 
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A foreground pixel of a mask, bool [H, W], not empty, drawn uniformly: [2] float32, (x, y)."""
     inside = np.flatnonzero(mask)
-    row, column = divmod(int(rng.choice(inside)), mask.shape[1])
+    row, column = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
     return np.array([column, row], np.float32)
 
 

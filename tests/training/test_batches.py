@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rectangles import Rectangles
 from torch.utils.data import DataLoader
 
 from sam_fast.data.sample import Sample
+from sam_fast.training import batches
 from sam_fast.training.batches import (
     Augmentation,
     Blocks,
@@ -155,6 +157,30 @@ def test_jitter_scales_and_cuts(factor):
     prepared = prepare(sample, 64, 2, Augmentation(jitter=(factor, factor)), rng)
     assert prepared is not None
     assert prepared[1].tolist() == [min(64, 32 * factor), min(64, 64 * factor)]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.7, 2.5])
+def test_the_window_is_that_of_the_resized_image(factor, flip):
+    """Only the window is computed; here everything is, by Pillow, and the window lies somewhere in it."""
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (45, 77, 3), np.uint8)
+    masks = rng.random((3, 45, 77)) < 0.5
+    window, cut = batches._fit(image, masks, 64, factor, flip, rng)
+    h, w = window.shape[:2]
+    assert cut.shape == (3, 64, 64) and not cut[:, h:].any() and not cut[:, :, w:].any()
+    size = round(64 * factor), round(45 * 64 * factor / 77)
+    whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).astype(int)
+    resized = np.stack([np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks])
+    assert (h, w) == tuple(np.minimum(whole.shape[:2], 64))
+    if flip:
+        window, cut = window[:, ::-1], cut[:, :, :w][:, :, ::-1]
+    found = []
+    for y in range(whole.shape[0] - h + 1):
+        for x in range(whole.shape[1] - w + 1):
+            if np.array_equal(cut[:, :h, :w], resized[:, y : y + h, x : x + w]):
+                found.append(np.abs(window - whole[y : y + h, x : x + w]).max())
+    assert len(found) == 1 and found[0] <= 1, "rounding"
 
 
 def test_samples_without_objects_are_replaced():

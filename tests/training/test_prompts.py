@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sam_fast.training.prompts import error_clicks, mask_box, noised_box, plan_passes, random_point
+from sam_fast.training.prompts import error_clicks, mask_boxes, noised_boxes, plan_passes, random_point
 
 
 def rectangle(y0: int, y1: int, x0: int, x1: int, side: int = 64) -> np.ndarray:
@@ -16,29 +16,30 @@ def rectangle(y0: int, y1: int, x0: int, x1: int, side: int = 64) -> np.ndarray:
 
 
 def test_the_tight_box_includes_the_last_pixels():
-    assert mask_box(rectangle(3, 10, 20, 41)).tolist() == [20, 3, 40, 9]
-    assert mask_box(rectangle(5, 6, 7, 8)).tolist() == [7, 5, 7, 5]
+    masks = np.stack([rectangle(3, 10, 20, 41), rectangle(5, 6, 7, 8), rectangle(0, 64, 0, 64)])
+    assert mask_boxes(masks).tolist() == [[20, 3, 40, 9], [7, 5, 7, 5], [0, 0, 63, 63]]
+    assert mask_boxes(masks[:0]).shape == (0, 4)
 
 
 def test_box_noise_has_a_tenth_of_the_side_and_a_limit():
     rng = np.random.default_rng(0)
-    mask = rectangle(300, 340, 200, 400, side=1024)  # 40 high, 200 wide
-    noise = np.stack([noised_box(mask, 1024, rng) - mask_box(mask) for _ in range(4000)])
+    boxes = np.tile(mask_boxes(rectangle(300, 340, 200, 400, side=1024)[None]), (4000, 1))  # 40 high, 200 wide
+    noise = noised_boxes(boxes, 1024, rng) - boxes
     assert noise[:, 1].std() == pytest.approx(4, rel=0.06), "10% of the height, hardly cut off"
     assert noise[:, 3].std() == pytest.approx(4, rel=0.06)
     # 10% of the width is 20 = the limit: a normal distribution cut at one standard deviation
     assert np.abs(noise[:, [0, 2]]).max() == 20
     assert noise[:, 0].std() == pytest.approx(20 * 0.718, rel=0.06)
-    small = rectangle(75, 85, 50, 100, side=256)
-    assert np.abs(noised_box(small, 256, rng) - mask_box(small)).max() <= 5, "the limit scales with the input"
+    assert len(np.unique(noise, axis=0)) > 3000, "each box has its own"
+    small = np.tile(mask_boxes(rectangle(75, 85, 50, 100, side=256)[None]), (100, 1))
+    assert np.abs(noised_boxes(small, 256, rng) - small).max() <= 5, "the limit scales with the input"
 
 
 def test_noised_boxes_stay_in_the_image_and_in_order():
     rng = np.random.default_rng(0)
-    for mask in (rectangle(0, 64, 0, 64), rectangle(10, 11, 63, 64), rectangle(0, 1, 0, 64)):
-        for _ in range(50):
-            x0, y0, x1, y1 = noised_box(mask, 64, rng)
-            assert 0 <= x0 <= x1 <= 63 and 0 <= y0 <= y1 <= 63
+    masks = np.stack([rectangle(0, 64, 0, 64), rectangle(10, 11, 63, 64), rectangle(0, 1, 0, 64)])
+    x0, y0, x1, y1 = noised_boxes(np.tile(mask_boxes(masks), (50, 1)), 64, rng).T
+    assert ((x0 >= 0) & (x0 <= x1) & (x1 <= 63)).all() and ((y0 >= 0) & (y0 <= y1) & (y1 <= 63)).all()
 
 
 def test_random_points_are_uniform_on_the_mask():
