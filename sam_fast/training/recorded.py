@@ -70,6 +70,4 @@ class RecordedStep:
         finally:
             for p, grad in zip(self._parameters, before, strict=True):
                 p.grad = grad
-        if batch.images.is_cuda and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.empty_cache()  # a recording is next, and takes the same memory from elsewhere
         return torch.stack([getattr(found, field.name) for field in fields(StepStatistics)]), gradients
