@@ -73,6 +73,10 @@ def choose_device(requested: str | None) -> str:
             f"--device {requested}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA device(s); "
             "`sam-fast doctor` says why"
         )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # in all these ways PyTorch says that it lacks one
+        raise RuntimeError(f"--device {requested}: {str(error).splitlines()[0]}") from error
     return requested
 
 

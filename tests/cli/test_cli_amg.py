@@ -212,9 +212,11 @@ def test_official_flags_reach_the_generator(
         (("--checkpoint", "missing.pth"), "no checkpoint at missing.pth"),
         (("--device", "tpu!"), "--device must be like cpu"),
         (("--device", "cuda:77"), "cuda:77"),
+        (("--device", "xpu:9"), "--device xpu:9"),
+        (("--device", "vulkan"), "--device vulkan"),
         (("--input", "missing"), "no image or folder at missing"),
     ],
-    ids=["model-type", "checkpoint", "device-name", "device-absent", "input"],
+    ids=["model-type", "checkpoint", "device-name", "device-absent", "xpu", "vulkan", "input"],
 )
 def test_errors_are_one_line(
     cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, flags: tuple[str, ...], message: str
