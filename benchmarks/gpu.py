@@ -14,7 +14,8 @@ Weights are seeded (`sam_fast.modeling.seeded`), so masks are arbitrary blobs.
 
 Peers: segment_anything in float32 (the reference) and bf16, transformers with SDPA (its encoder), segment-anything-fast
 (its encoder, compiled), and with --compile the official encoder under torch.compile(mode="max-autotune"); those that
-cannot be imported are left out. PyTorch's default keeps float32 products free of TF32.
+cannot be imported are left out. By PyTorch's defaults float32 products are free of TF32, and cuDNN's convolutions (an
+encoder has three) are not.
 
 The exit code is 0, 1 if a result was refused or a test failed, or 2 without a GPU.
 """
