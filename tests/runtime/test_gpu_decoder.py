@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sam_fast import SamPredictor
 from sam_fast.build_sam import sam_model_registry
 from sam_fast.modeling import MaskDecoder, Sam
-from sam_fast.runtime import decoding, plain
+from sam_fast.runtime import decoding, packed_decoder, plain
 from sam_fast.runtime.inference import InferenceRuntime, Prompts
 from sam_fast.runtime.packed_decoder import PackedDecoder, can_pack
 from sam_fast.runtime.streams import Ready
@@ -282,6 +282,27 @@ def test_filtered_equals_all_then_filter(kind, threshold, model, embedding, pack
     assert torch.equal(prompt, keep.nonzero()[:, 0])
     torch.testing.assert_close(scores, iou[keep], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(logits, expected[keep], rtol=0, atol=TOLERANCE * float(expected.abs().max()))
+
+
+@torch.no_grad()
+def test_results_of_many_prompts_stay_the_callers(model, embedding, packs, monkeypatch):
+    """By graphs on a GPU, from the third chunk on; on a CPU see test_graphs.py."""
+    monkeypatch.setattr(decoding, "MOST_PROMPTS", 8)
+    monkeypatch.setattr(packed_decoder, "_GRAPHED", 4)
+    runtime, prompts = InferenceRuntime(model, "fp32"), prompts_of("points", 20)
+    assert prompts.points is not None
+    given = [prompts._replace(points=prompts.points.roll(i, 0)) for i in range(3)]
+    every = [runtime.decode(embedding, some) for some in given]
+    filtered = [runtime.decode_filtered(embedding, some, 0.9) for some in given]
+    assert packs == [8, 8, 4] * 6 or (DEVICE == "cuda" and packs[:2] == [8, 8])  # a replay calls nothing
+    for some, (low_res, iou), (logits, scores, prompt) in zip(given, every, filtered, strict=True):
+        expected, expected_iou = official(model, embedding, some, True)
+        assert relative_error(low_res, expected) <= TOLERANCE
+        torch.testing.assert_close(iou, expected_iou, rtol=0, atol=TOLERANCE)
+        keep = expected_iou > 0.9
+        assert 0 < keep.sum() < keep.numel() and torch.equal(prompt, keep.nonzero()[:, 0])
+        assert relative_error(logits, expected[keep]) <= TOLERANCE
+        torch.testing.assert_close(scores, expected_iou[keep], rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
