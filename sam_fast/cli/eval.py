@@ -180,10 +180,11 @@ def _measure(
     command: str,
 ) -> list[Results]:
     """Results of each method that answers one of the prompts, from `output` where they lie there already."""
-    from sam_fast.evaluation.evaluate import evaluate, protocol_of
+    from sam_fast.evaluation.evaluate import digest_of, evaluate, protocol_of
     from sam_fast.evaluation.results import Results
 
     table = []
+    digest: str | None = None  # of what `source` holds now
     for method in methods:
         protocol = protocol_of(source, method, settings, data)
         if not protocol["prompts"]:
@@ -193,9 +194,13 @@ def _measure(
         if path is not None and path.exists() and not recompute:
             earlier = Results.load(path)
             if earlier.answers(dict(method.settings), protocol):
-                report_note(f"{method.name} is from {path}, {earlier.provenance['date']}; --recompute measures again")
-                table.append(earlier)
-                continue
+                digest = digest or digest_of(source, settings)
+                if earlier.digest == digest:
+                    date = earlier.provenance["date"]
+                    report_note(f"{method.name} is from {path}, {date}; --recompute measures again")
+                    table.append(earlier)
+                    continue
+                report_note(f"{method.name} is measured again: {data} has changed since {path} was written")
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)  # after the measurement an error would come late
         with item_progress() as progress:

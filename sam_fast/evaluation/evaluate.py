@@ -27,6 +27,7 @@ from sam_fast.evaluation.metrics import (
 from sam_fast.evaluation.protocol import Click, next_click, tight_box
 from sam_fast.evaluation.results import Results, provenance
 
+_DIGEST_LETTERS = 16
 Track = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -117,7 +118,7 @@ def evaluate(
         method=method.name,
         method_settings=dict(method.settings),
         protocol=protocol,
-        digest=measured.digest.hexdigest()[:16],
+        digest=measured.digest.hexdigest()[:_DIGEST_LETTERS],
         counts={"images": count, "objects": len(measured.rows)},
         summary=_summary(measured, settings),
         objects=measured.rows,
@@ -130,20 +131,28 @@ def protocol_of(source: SampleSource, method: Method, settings: EvaluationSettin
     """Everything besides the method that fixes the results, as JSON values: settings, data and number of images."""
     plain = {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(settings).items()}
     kinds = [kind for kind in (CLICKS, BOX, EVERYTHING) if kind in settings.prompts and kind in method.prompts]
-    count = len(source) if settings.max_images is None else min(len(source), settings.max_images)
-    return {**plain, "prompts": kinds, "data": data, "images": count}
+    return {**plain, "prompts": kinds, "data": data, "images": _count(source, settings)}
+
+
+def digest_of(source: SampleSource, settings: EvaluationSettings) -> str:
+    """The digest that results have whose images and prompted objects are these; every image is read for it."""
+    digest = hashlib.sha256()
+    for index in range(_count(source, settings)):
+        _add_to_digest(digest, source.load(index), index, settings)
+    return digest.hexdigest()[:_DIGEST_LETTERS]
+
+
+def _count(source: SampleSource, settings: EvaluationSettings) -> int:
+    """How many images are measured."""
+    return len(source) if settings.max_images is None else min(len(source), settings.max_images)
 
 
 def _measure_image(
     sample: Sample, index: int, method: Method, kinds: list[str], settings: EvaluationSettings, measured: _Measured
 ) -> None:
-    chosen = choose_masks(len(sample.masks), settings.objects_per_image, np.random.default_rng([settings.seed, index]))
     method.set_image(sample.image)
-    name = sample.name.encode(errors="surrogateescape")  # a file's, which need not be UTF-8
-    measured.digest.update(name + f" {sample.image.shape}".encode() + sample.image.tobytes())
-    for number in chosen.tolist():
+    for number in _add_to_digest(measured.digest, sample, index, settings):
         truth = sample.masks[number]
-        measured.digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())
         row: dict[str, Any] = {"image": sample.name, "object": number, "area": int(np.count_nonzero(truth))}
         for kind, measure in ((CLICKS, _clicks), (BOX, _box)):
             if kind in kinds:
@@ -157,6 +166,18 @@ def _measure_image(
         measured.ranks.append(match_ranks(pairwise_iou(proposals.masks, sample.masks)))
         measured.proposals.append(proposals.count)
         measured.seconds[EVERYTHING] += time.perf_counter() - started
+
+
+def _add_to_digest(digest: Any, sample: Sample, index: int, settings: EvaluationSettings) -> list[int]:
+    """Draw the objects of an image that are prompted, and hash it and them; returns their numbers."""
+    rng = np.random.default_rng([settings.seed, index])
+    chosen = choose_masks(len(sample.masks), settings.objects_per_image, rng).tolist()
+    name = sample.name.encode(errors="surrogateescape")  # a file's, which need not be UTF-8
+    digest.update(name + f" {sample.image.shape}".encode() + sample.image.tobytes())
+    for number in chosen:
+        truth = sample.masks[number]
+        digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())
+    return chosen
 
 
 def _clicks(truth: np.ndarray, method: Method, settings: EvaluationSettings) -> dict[str, Any]:

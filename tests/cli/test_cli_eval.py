@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,25 @@ def test_results_are_measured_again(cli: Any, scenes: Path, tmp_path: Path) -> N
         path.write_text(json.dumps(document))
         assert ("grabcut is from" in cli(*flags, *more)) == kept
         assert (Results.load(path).provenance["date"] == "long ago") == kept
+
+
+def test_results_of_data_that_changed_are_measured_again(cli: Any, scenes: Path, tmp_path: Path) -> None:
+    """An outline that was corrected counts, though the command is the same."""
+    shutil.copytree(scenes, tmp_path / "data")
+    line = ("eval", "--data", tmp_path / "data", "--objects", 0, "--no-clicks", "--methods", "grabcut")
+    line += ("--output", tmp_path / "out")
+    cli(*line)
+    before = Results.load(tmp_path / "out" / "grabcut.json")
+    assert "grabcut is from" in cli(*line)
+    labels = np.asarray(Image.open(tmp_path / "data" / "masks" / "1.png")).copy()
+    labels[labels == 1] = 0
+    labels[:9, :9] = 1
+    Image.fromarray(labels).save(tmp_path / "data" / "masks" / "1.png")
+    text = cli(*line)
+    assert "grabcut is measured again" in text and "has changed since" in text
+    after = Results.load(tmp_path / "out" / "grabcut.json")
+    assert after.digest != before.digest and 81 in [row["area"] for row in after.objects]
+    assert "grabcut is from" in cli(*line)
 
 
 def test_methods_without_an_answer_are_left_out(cli: Any, scenes: Path) -> None:
