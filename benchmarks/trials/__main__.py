@@ -8,7 +8,8 @@ Sections:
     decoder    the image side of the decoder by launch parameters, and the whole of it by prompts at a time
     profiles   the cases of benchmarks/gpu.py, and which kernels they are made of
     training   steps of training, whole and in parts, likewise
-Kernels run on random numbers, and each result is compared with PyTorch's in float32 before it is timed.
+Kernels run on random numbers, and each result is compared with PyTorch's in float32 before it is timed (that of
+attention's terms in the attention that takes them). PyTorch's own operations and products are timed as they are.
 
 Lines go to FOLDER/trials.txt as they are printed, rows to FOLDER/trials.csv; both say where they come from. The package
 must be built (`python -m benchmarks.gpu` does that).
