@@ -24,19 +24,26 @@ class Ready:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._told: set[int] = set()  # streams that the memory of tensors is kept for
         if self._stream is not None:
             self._event = torch.cuda.Event()
             self._event.record(self._stream)
 
     def wait(self, tensors: Iterable[Tensor] = ()) -> None:
-        """Make the current stream wait, and keep the memory of `tensors` from being reused before it is done."""
+        """Make the current stream wait, and keep the memory of `tensors` from being reused before it is done.
+
+        Args:
+            tensors: the same at each call; PyTorch is told of them once for each stream.
+        """
         if self._stream is None or torch.cuda.is_current_stream_capturing():
             return
         stream = torch.cuda.current_stream(self._stream.device)
         if stream != self._stream:
             stream.wait_event(self._event)
-            for tensor in tensors:
-                tensor.record_stream(stream)
+            if stream.cuda_stream not in self._told:
+                for tensor in tensors:
+                    tensor.record_stream(stream)
+                self._told.add(stream.cuda_stream)
 
 
 class Number:
