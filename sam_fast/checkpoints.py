@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -116,10 +117,26 @@ def save_checkpoint(model: Sam, path: _Path, *, dtype: torch.dtype | None = None
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True).contiguous()
         for name, tensor in model.state_dict().items()
     }
+    write_tensors(path, state)
+
+
+def write_tensors(path: _Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any new file; safetensors 0.8 lets its owner alone read it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    new = not path.exists()
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
-        safetensors.torch.save_file(state, os.fspath(path))
+        safetensors.torch.save_file(tensors, path, metadata)
     except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)} could not be written: {error}") from error
+        if new:
+            path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
+    path.chmod(mode)
 
 
 def checkpoint_file(path: _Path) -> Path:

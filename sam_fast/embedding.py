@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from sam_fast.checkpoints import write_tensors
 from sam_fast.watch import Derived
 
 FORMAT_VERSION = 1
@@ -109,10 +109,7 @@ class ImageEmbedding:
             "metadata": json.dumps(self.metadata),
         }
         self.wait()
-        try:
-            save_file({"features": self.features.detach().contiguous().cpu()}, str(path), metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path} could not be written: {error}") from error
+        write_tensors(path, {"features": self.features.detach().contiguous().cpu()}, metadata)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ImageEmbedding:

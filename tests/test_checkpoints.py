@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import stat
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from oracle import TINY, relative_error, seed_weights
+from safetensors import SafetensorError
 
 from sam_fast.build_sam import build_sam_from_config
-from sam_fast.checkpoints import load_checkpoint, read_state_dict
+from sam_fast.checkpoints import load_checkpoint, read_state_dict, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,31 @@ def test_files_that_are_not_there(tmp_path):
         read_state_dict(tmp_path / "nothing.pth")
     with pytest.raises(FileNotFoundError, match=r"holds none of model\.safetensors, pytorch_model\.bin"):
         read_state_dict(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_others_may_read_weights_where_they_may_read_new_files(tmp_path, umask):
+    path = tmp_path / "model.safetensors"
+    before = os.umask(umask)
+    try:
+        write_tensors(path, {"x": torch.ones(2)})
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+        path.chmod(0o600)
+        write_tensors(path, {"x": torch.zeros(3)}, {"format": "f"})
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, "as it was"
+    finally:
+        os.umask(before)
+    assert safetensors.torch.load_file(path)["x"].tolist() == [0, 0, 0]
+    with pytest.raises(OSError, match=r"could not be written|No such file"):
+        write_tensors(tmp_path / "missing" / "x.safetensors", {"x": torch.ones(2)})
+
+
+def test_what_cannot_be_written_leaves_no_file(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise SafetensorError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="could not be written: disk full"):
+        write_tensors(tmp_path / "x.safetensors", {"x": torch.ones(2)})
+    assert not list(tmp_path.iterdir())

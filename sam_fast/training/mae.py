@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_fast.checkpoints import checkpoint_file, read_state_dict
+from sam_fast.checkpoints import checkpoint_file, read_state_dict, write_tensors
 from sam_fast.modeling import Sam
 from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT, resize_absolute_positions
 from sam_fast.training.initialise import sine_positions
@@ -265,7 +264,7 @@ def save_mae_checkpoint(encoder: Mapping[str, Tensor], path: str | os.PathLike[s
     state = {name: t.detach().float().cpu().contiguous() for name, t in encoder.items() if is_pretrained(name)}
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    safetensors.torch.save_file(state, part, {"format": MAE_FORMAT})
+    write_tensors(part, state, {"format": MAE_FORMAT})
     part.replace(path)
 
 

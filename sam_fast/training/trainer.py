@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
 
+from sam_fast.checkpoints import write_tensors
 from sam_fast.data.sample import SampleSource
 from sam_fast.modeling import Sam
 from sam_fast.training.batches import Augmentation, Blocks, TrainingBatch, TrainingBatches
@@ -102,4 +102,4 @@ class Trainer(TrainingRun[TrainConfig, TrainingBatch]):
 
     def export(self, weights: Mapping[str, Tensor]) -> None:
         weights = {name: tensor.detach().float().contiguous().cpu() for name, tensor in weights.items()}
-        replace_file(self.output / WEIGHTS, lambda path: safetensors.torch.save_file(weights, path))
+        replace_file(self.output / WEIGHTS, lambda path: write_tensors(path, weights))
