@@ -8,6 +8,7 @@ import torch
 from sam_fast.build_sam import SamConfig, build_sam_from_config
 from sam_fast.data.sample import Sample, choose_masks
 from sam_fast.modeling import Sam
+from sam_fast.training.batches import TrainingBatch, TrainingBatches
 from sam_fast.training.initialise import initialise_weights
 
 TINY = SamConfig(
@@ -42,3 +43,20 @@ def tiny_sam(seed: int = 0) -> Sam:
     model = build_sam_from_config(TINY)
     initialise_weights(model)
     return model
+
+
+def batch_of(source: Rectangles | None = None, batch_size: int = 2, prompts: int = 3) -> TrainingBatch:
+    """A batch for the model of `tiny_sam`."""
+    source = source or Rectangles()
+    return TrainingBatches(source, side=64, batch_size=batch_size, prompts=prompts, seed=0, length=5)[0]
+
+
+def gradients(model: Sam) -> dict[str, torch.Tensor]:
+    """Copies of the gradients of a model's parameters."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def error_of(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Distance of all gradients together, relative to their length."""
+    difference = torch.stack([(found[name] - gradient).norm() for name, gradient in expected.items()]).norm()
+    return (difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm()).item()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sam_fast.modeling import PromptEncoder, Sam
+from sam_fast.modeling import MaskDecoder, PromptEncoder, Sam
+from sam_fast.modeling.prompt_encoder import PositionEmbeddingRandom
+from sam_fast.runtime.plain import is_untouched_throughout
 from sam_fast.runtime.upscaling import masks_by_products
 from sam_fast.training.optim import add_gradients
 
@@ -36,8 +38,10 @@ class TrainedDecoder:
     """Prompt encoder and mask decoder of a Sam, to be back-propagated pass by pass.
 
     In half precision the weights are cast when a step begins, all of them by a few launches, and activations are in
-    half precision throughout, as in `runtime/packed_decoder.py`; gradients of a pass are in half precision, their sum
-    over passes in that of the weights. Coordinates are always encoded in float32.
+    half precision throughout, also those that `runtime/packed_decoder.py` keeps in float32; gradients of a pass are in
+    half precision, their sum over passes in that of the weights. Coordinates are always encoded in float32.
+
+    Modules of somebody's own are called as they are, under autocast.
     """
 
     def __init__(self, model: Sam, dtype: torch.dtype | None = None) -> None:
@@ -46,7 +50,8 @@ class TrainedDecoder:
             model: the Sam.
             dtype: of weights and activations in the decoder; None is that of the weights.
         """
-        self._encoder = model.prompt_encoder
+        self._encoder, self._decoder = model.prompt_encoder, model.mask_decoder
+        self._plain = True
         self._pass = _Pass(model)
         self._weights = dict(self._pass.named_parameters())
         self._dtype = dtype
@@ -55,6 +60,9 @@ class TrainedDecoder:
 
     def begin(self) -> None:
         """Take the weights as they are now, for all passes of a step."""
+        self._cast, self._plain = {}, _is_plain(self._encoder, self._decoder)
+        if not self._plain:
+            return
         with torch.no_grad():
             self._places = self._encoder.get_dense_pe()
             if self._dtype is None:
@@ -79,6 +87,8 @@ class TrainedDecoder:
         Returns:
             logits [N, len(chosen), 4h, 4w] and predicted IoU [N, len(chosen)].
         """
+        if not self._plain:
+            return self._by_modules(embedding, prompts, chosen)
         assert self._places is not None, "begin() comes first"
         encoder, dtype = self._encoder, self._places.dtype
         tokens = embed_points(encoder, prompts.coords, prompts.labels)
@@ -93,6 +103,20 @@ class TrainedDecoder:
         if not self._cast:
             return self._pass(*arguments)
         return torch.func.functional_call(self._pass, self._cast, arguments)
+
+    def _by_modules(self, embedding: Tensor, prompts: Prompts, chosen: range) -> tuple[Tensor, Tensor]:
+        """The same by modules of which nothing is known but how they are called."""
+        encoder, kind = self._encoder, embedding.device.type
+        with torch.autocast(kind, enabled=False):  # bfloat16 would move points by a pixel
+            sparse, places = _encode_points(encoder, prompts.coords, prompts.labels), encoder.get_dense_pe()
+        with torch.autocast(kind, self._dtype or torch.bfloat16, enabled=self._dtype is not None):
+            tokens, image, iou = self._decoder.predict_tokens(
+                image_embeddings=_repeated(embedding, len(sparse)),
+                image_pe=places,
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=encoder(points=None, boxes=None, masks=prompts.mask_input)[1],
+            )
+            return masks_by_products(self._decoder, tokens, image, chosen), iou[:, chosen.start : chosen.stop]
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss of one pass to those of the parameters."""
@@ -111,7 +135,7 @@ class _Pass(nn.Module):
     def __init__(self, model: Sam) -> None:
         super().__init__()
         self.decoder = model.mask_decoder
-        self.downscaling = model.prompt_encoder.mask_downscaling
+        self.downscaling = getattr(model.prompt_encoder, "mask_downscaling", nn.Sequential())  # or one's own encoder's
 
     def forward(
         self,
@@ -125,9 +149,7 @@ class _Pass(nn.Module):
         B, _, h, w = embedding.shape
         pixels = embedding.flatten(2).transpose(1, 2).contiguous()  # rows of channels, as all products read them
         if mask_input is None:
-            pixels = pixels + no_mask
-            if B > 1:
-                pixels = pixels[:, None].expand(-1, len(sparse) // B, -1, -1).flatten(0, 1)
+            pixels = _repeated(pixels + no_mask, len(sparse))
         else:
             dense = self._downscale(mask_input).unflatten(0, (B, -1))
             pixels = (pixels[:, None] + dense).flatten(0, 1)
@@ -156,3 +178,37 @@ def embed_points(encoder: PromptEncoder, coords: Tensor, labels: Tensor) -> Tens
     encoding = encoder.pe_layer.forward_with_coords(coords + 0.5, encoder.input_image_size)  # centres of the pixels
     hot = labels[..., None] == torch.arange(-1, 4, device=labels.device)
     return torch.where(labels[..., None] == -1, 0.0, encoding) + hot.to(vectors.dtype) @ vectors
+
+
+def _encode_points(encoder: PromptEncoder, coords: Tensor, labels: Tensor) -> Tensor:
+    """`embed_points` by calling the encoder: each prompt as a box, and as a point (see `Prompts`)."""
+    clicks = (coords[:, 2:], labels[:, 2:]) if coords.shape[1] > 2 else None
+    boxes = encoder(points=clicks, boxes=coords[:, :2].flatten(1), masks=None)[0]
+    # Without the padding, which it adds itself.
+    given = torch.cat([coords[:, :1], coords[:, 2:]], dim=1), torch.cat([labels[:, :1], labels[:, 2:]], dim=1)
+    points = encoder(points=given, boxes=None, masks=None)[0]
+    return torch.where((labels[:, :1] == 2)[..., None], boxes, points)
+
+
+def _repeated(images: Tensor, prompts: int) -> Tensor:
+    """Images [B, ...] once for each of their prompts, [N, ...]; a single one as it is, to be shared."""
+    if len(images) == 1:
+        return images
+    return images[:, None].expand(-1, prompts // len(images), *images.shape[1:]).flatten(0, 1)
+
+
+def _is_plain(encoder: PromptEncoder, decoder: MaskDecoder) -> bool:
+    """Whether the modules compute what their weights say, so that others than their methods may, with cast weights."""
+    if type(encoder) is not PromptEncoder or type(encoder.mask_downscaling) is not nn.Sequential:
+        return False
+    last = encoder.mask_downscaling[-1]
+    return (
+        type(encoder.pe_layer) is PositionEmbeddingRandom
+        and is_untouched_throughout(encoder)
+        and type(last) is nn.Conv2d
+        and last.kernel_size == (1, 1)
+        and type(decoder) is MaskDecoder
+        # Of quantised layers they are neither, and are not to be cast.
+        and all(weight.is_floating_point() for weight in decoder.parameters())
+        and not any(True for _ in decoder.buffers())
+    )

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rectangles import Rectangles, tiny_sam
+from rectangles import Rectangles, batch_of, error_of, gradients, tiny_sam
 
+from sam_fast.modeling import MaskDecoder, PromptEncoder
 from sam_fast.runtime.upscaling import masks_by_products, upscale_by_products
-from sam_fast.training.batches import TrainingBatches
 from sam_fast.training.decoding import embed_points
 from sam_fast.training.losses import draw_anchors, grouping_loss, prompt_loss
-from sam_fast.training.recorded import RecordedStep
 from sam_fast.training.step import InteractiveStep, StepSettings, draw_plan
-
-
-def batch_of(source=None, batch_size=2, prompts=3):
-    source = source or Rectangles()
-    return TrainingBatches(source, side=64, batch_size=batch_size, prompts=prompts, seed=0, length=5)[0]
-
-
-def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def run(model, batch, settings, *, train_encoder=True, seed=0):
@@ -268,12 +259,6 @@ def test_tokens_are_those_of_the_prompt_encoder():
     torch.testing.assert_close(found[1:], box[:, [2, 3, 0, 1]])
 
 
-def error_of(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Distance of all gradients together, relative to their length."""
-    difference = torch.stack([(found[name] - gradient).norm() for name, gradient in expected.items()]).norm()
-    return (difference / torch.stack([gradient.norm() for gradient in expected.values()]).norm()).item()
-
-
 @pytest.mark.parametrize("clicks", [0, 1])
 def test_half_precision_changes_the_gradient_a_little(clicks, monkeypatch):
     """Most of the difference is another best one of three masks. Clicks, which could tip too, are the same here."""
@@ -324,32 +309,59 @@ def test_a_plan_has_the_share_of_boxes_and_corrects_different_objects():
     assert every.refined.tolist() == [list(range(40))] * 3
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+class OwnEncoder(PromptEncoder):
+    """Adds to the tokens of points, and to what masks say."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.shift = torch.nn.Parameter(torch.zeros(self.embed_dim))
+        self.offset = torch.nn.Parameter(torch.zeros(()))
+
+    def _embed_points(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        return super()._embed_points(*arguments, **options) + self.shift
+
+    def _embed_masks(self, masks: torch.Tensor) -> torch.Tensor:
+        return super()._embed_masks(masks) + self.offset
 
 
-@pytest.mark.parametrize("device", DEVICES)
+class OwnDecoder(MaskDecoder):
+    """Adds a number to the predicted IoU."""
+
+    def predict_tokens(self, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tokens, image, iou = super().predict_tokens(*arguments, **options)
+        return tokens, image, iou + self.more
+
+    def add(self, more: float) -> OwnDecoder:
+        self.more = torch.nn.Parameter(torch.tensor(more))
+        return self
+
+
+@pytest.mark.parametrize("together", [1, 2])
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
-def test_recorded_steps_have_the_gradients_of_plain_ones(device, half):
-    """Of several batches, each met again and again: on a GPU plain, recorded, and replayed; all gradients add up."""
-    model = tiny_sam().to(device).train()
-    source = TrainingBatches(Rectangles(), side=64, batch_size=2, prompts=3, seed=0, length=5)
-    settings = StepSettings(clicks=1, refined=2, grouping=0.3)
-    plain = InteractiveStep(model, train_encoder=True, half=half)
-    recorded = RecordedStep(InteractiveStep(model, train_encoder=True, half=half))
-    for index in range(2):
-        batch = source[index].to(torch.device(device))
-        model.zero_grad()
-        torch.manual_seed(index)
-        plan = draw_plan(batch, settings, np.random.default_rng(index))
-        statistics = plain.follow(plan, batch, settings, None)
-        expected = gradients(model)
-        model.zero_grad()
-        for again in range(1, 4):
-            torch.manual_seed(index)
-            found = recorded(batch, settings, np.random.default_rng(index))
-            tolerance = 1e-4 if half is None else 0.05
-            torch.testing.assert_close(found.loss, statistics.loss, rtol=tolerance, atol=1e-5)
-            torch.testing.assert_close(found.grouping_iou, statistics.grouping_iou, rtol=tolerance, atol=1e-3)
-            assert gradients(model).keys() == expected.keys()
-            scaled = {name: again * gradient for name, gradient in expected.items()}
-            assert error_of(gradients(model), scaled) < (1e-3 if half is None else 0.15)
+def test_modules_of_ones_own_are_called(half, together):
+    """Where they change nothing the gradients are those of the plain ones, and they have gradients themselves."""
+    model, batch, settings = tiny_sam(), batch_of(batch_size=2), StepSettings(clicks=1)
+    step = InteractiveStep(model.train(), train_encoder=True, half=half, together=together)
+    plain, expected = step(batch, settings, np.random.default_rng(0)).loss, gradients(model)
+
+    encoder = model.prompt_encoder
+    own = OwnEncoder(encoder.embed_dim, encoder.image_embedding_size, encoder.input_image_size, 16)
+    own.load_state_dict(encoder.state_dict(), strict=False)
+    model.prompt_encoder = own
+    model.mask_decoder.__class__ = OwnDecoder
+    model.mask_decoder.add(0.0)
+    model.train().zero_grad()
+    step = InteractiveStep(model, train_encoder=True, half=half, together=together)
+    loss, found = step(batch, settings, np.random.default_rng(0)).loss, gradients(model)
+    names = {"prompt_encoder.shift", "prompt_encoder.offset", "mask_decoder.more"}
+    assert found.keys() == expected.keys() | names
+    assert all(found[name].any() for name in names)
+    if half is None:
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+        assert error_of(found, expected) < 1e-3
+    else:
+        torch.testing.assert_close(loss, plain, rtol=0.03, atol=0)
+        assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+    model.mask_decoder.add(1.0)
+    assert run(model, batch, settings).loss > plain + 0.5
