@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
+from sam_fast.data.degrade import gaussian_blur
+from sam_fast.data.draws import uniform
 from sam_fast.data.objects import Part
 from sam_fast.data.shapes import Raster, rasterize
 from sam_fast.data.textures import Bank, Texture, as_array, fill
@@ -46,8 +49,7 @@ class Relief:
     slope: np.ndarray
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """A candidate for a mask: the leaves `first` .. `last` - 1 of a scene.
 
     Attributes:
@@ -64,8 +66,7 @@ class Region:
     family: str
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A part with a shape of its own.
 
     Attributes:
@@ -87,25 +88,45 @@ class Leaf:
     area: int
 
 
+class Look(NamedTuple):
+    """How a leaf is painted that is not too small for a texture.
+
+    Attributes:
+        texture: of the size of its window.
+        grid: columns and rows of the pixels where it is compared with what it will cover.
+        weight: [rows * columns] float32, the leaf's share of each, of sum 1.
+        mean: [3] float32, the texture's colour there, weighted.
+        shade: [h, w], what the texture is multiplied by, or None.
+    """
+
+    texture: Texture
+    grid: tuple[int, int]
+    weight: np.ndarray
+    mean: np.ndarray
+    shade: np.ndarray | None
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """An object that is ready to be painted.
+    """An object of which nothing is left to chance.
 
     Attributes:
         part: the object, in the scene's frame.
-        leaves: its parts with shapes, in the order of painting.
         colors: [4, 3], 0..255.
-        streams: what draws the textures of each colour that has one.
+        seeds: of the textures of each colour.
         relief: how it is shaded.
         flat: whether it casts no shadow.
     """
 
     part: Part
-    leaves: list[Leaf]
     colors: np.ndarray
-    streams: dict[int, np.random.PCG64]
+    seeds: list[int]
     relief: Relief
     flat: bool
+
+
+_Drawn = list[tuple[Part, Raster | None]]  # parts with shapes, and where they are painted
+_Streams = dict[int, np.random.PCG64]  # by the index of a colour
 
 
 class Canvas:
@@ -131,10 +152,7 @@ class Canvas:
         self.show(self.prepare(rng, part, colors, flat=flat))
 
     def prepare(self, rng: np.random.Generator, part: Part, colors: np.ndarray, *, flat: bool = False) -> Prepared:
-        """Draw all that is random about an object, and its outlines, for `show`.
-
-        To prepare several objects and then show them in the same order is to paint one after another, but faster: code
-        that runs many times in a row stays in the processor's caches.
+        """Draw all that is random about an object, for `show`.
 
         Args:
             rng: draws textures and shading; as often for every size.
@@ -143,36 +161,44 @@ class Canvas:
             flat: neither shadow nor shading, as for what is far or large.
         """
         seeds = rng.integers(2**62, size=len(colors)).tolist()
-        bevel, slope = rng.uniform(0, self.style.relief), rng.normal(0, 0.3 * self.style.relief, 2)
-        leaves: list[Leaf] = []
-        self._collect(part, None, leaves)
-        textured = {leaf.part.color % len(colors) for leaf in leaves if leaf.area >= _TINY * self.size**2}
-        streams = {index: np.random.PCG64(seeds[index]) for index in textured}
-        return Prepared(part, leaves, colors, streams, Relief(0.0 if flat else bevel, slope), flat)
+        bevel, slope = uniform(rng, 0, self.style.relief), rng.normal(0, 0.3 * self.style.relief, 2)
+        return Prepared(part, colors, seeds, Relief(0.0 if flat else bevel, slope), flat)
 
-    def show(self, prepared: Prepared) -> None:
-        """Paint a prepared object over all that has been painted."""
-        leaves = prepared.leaves
-        if not prepared.flat and self.style.shadow > 0:
-            self._cast_shadow([leaf.raster for leaf in leaves if leaf.raster is not None])
-        self._paint_leaves(prepared)
-        self._register(prepared.part, leaves, self._leaves)
-        self._leaves += len(leaves)
+    def show(self, *prepared: Prepared) -> None:
+        """Paint prepared objects, one after another, over all that has been painted.
+
+        What does not depend on the picture so far is made before, step by step for all objects: code that runs many
+        times in a row stays in the processor's caches.
+        """
+        rasters = [self._collect(each.part, None, []) for each in prepared]
+        leaves = [[_leaf(part, raster) for part, raster in own] for own in rasters]
+        streams = [self._streams(*each) for each in zip(prepared, leaves, strict=True)]
+        textures = [self._textures(*each) for each in zip(prepared, leaves, streams, strict=True)]
+        shades = [self._shades(*each) for each in zip(prepared, leaves, strict=True)]
+        looks = [_looks(*each) for each in zip(leaves, textures, shades, strict=True)]
+        shadows = [self._shadow(*each) for each in zip(prepared, leaves, strict=True)]
+        for each, own, shadow, look in zip(prepared, leaves, shadows, looks, strict=True):
+            if shadow is not None:
+                self.image.paste((12, 12, 18), (shadow.left, shadow.top), shadow.alpha)
+            self._paint_leaves(own, each.colors, look)
+            self._register(each.part, own, self._leaves)
+            self._leaves += len(own)
 
     def blur(self, radius: float) -> None:
         """Put everything so far out of focus; radius in pixels of a 256-pixel scene."""
-        self.image = self.image.filter(ImageFilter.GaussianBlur(radius * self.size / 256))
+        self.image = gaussian_blur(self.image, radius * self.size / 256)
 
-    def _collect(self, part: Part, parent: Raster | None, leaves: list[Leaf]) -> None:
-        """The leaves of a tree in the order of painting."""
+    def _collect(self, part: Part, parent: Raster | None, drawn: _Drawn) -> _Drawn:
+        """Append the parts of a tree that have shapes, in the order of painting."""
         raster = None
         if part.shape is not None:
             raster = rasterize(part.shape, self.size)
             if part.clip and parent is not None and raster is not None:
                 raster = _intersection(raster, parent)
-            leaves.append(_leaf(part, raster))
+            drawn.append((part, raster))
         for child in part.parts:
-            self._collect(child, raster, leaves)
+            self._collect(child, raster, drawn)
+        return drawn
 
     def _register(self, whole: Part, leaves: list[Leaf], first: int) -> None:
         """Add the regions of an object that has just been painted."""
@@ -195,33 +221,45 @@ class Canvas:
 
         visit(whole, first, -1, "")
 
-    def _paint_leaves(self, prepared: Prepared) -> None:
-        leaves, colors, bevel, pixels = prepared.leaves, prepared.colors, prepared.relief.bevel, self.size**2
-        shown = [number for number, leaf in enumerate(leaves) if leaf.area > _SPECK * pixels]
-        textured = [number for number in shown if leaves[number].area >= _TINY * pixels]
-        textures = self._textures(textured, prepared)
-        curved = [number for number in textured if bevel > 0.05 and leaves[number].area > 3 * _TINY * pixels]
-        shades = {number: self._shading(leaves[number].alpha, prepared.relief) for number in curved}
-        for number in shown:
-            leaf = leaves[number]
-            if number in textures:
-                self._paint_texture(leaf, textures[number], shades.get(number))
+    def _paint_leaves(self, leaves: list[Leaf], colors: np.ndarray, looks: dict[int, Look]) -> None:
+        for number, leaf in enumerate(leaves):
+            if leaf.area <= _SPECK * self.size**2:
+                continue
+            if number in looks:
+                self._paint_texture(leaf, looks[number])
             else:
                 self._paint_plain(leaf, colors[leaf.part.color % len(colors)])
             left, top, right, bottom = leaf.window
             np.copyto(self.owner[top:bottom, left:right], np.uint16(self._leaves + number), where=leaf.inside)
 
-    def _textures(self, numbers: list[int], prepared: Prepared) -> dict[int, Texture]:
-        """The textures of some leaves; those of one colour are alike."""
-        starts = {index: stream.state for index, stream in prepared.streams.items()}
+    def _streams(self, prepared: Prepared, leaves: list[Leaf]) -> _Streams:
+        """What draws the textures of each colour that has one."""
+        textured = {leaf.part.color % len(prepared.colors) for leaf in leaves if leaf.area >= _TINY * self.size**2}
+        return {index: np.random.PCG64(prepared.seeds[index]) for index in textured}
+
+    def _textures(self, prepared: Prepared, leaves: list[Leaf], streams: _Streams) -> dict[int, Texture]:
+        """The textures of the leaves that are not too small, by number; those of one colour are alike."""
+        starts = {index: stream.state for index, stream in streams.items()}
         textures = {}
-        for number in numbers:
-            leaf, index = prepared.leaves[number], prepared.leaves[number].part.color % len(prepared.colors)
-            stream = prepared.streams[index]
-            stream.state = starts[index]  # much faster than seeding again
-            rng, (width, height) = np.random.Generator(stream), leaf.alpha.size
+        for number, leaf in enumerate(leaves):
+            if leaf.area < _TINY * self.size**2:
+                continue
+            index = leaf.part.color % len(prepared.colors)
+            streams[index].state = starts[index]  # much faster than seeding again
+            rng, (width, height) = np.random.Generator(streams[index]), leaf.alpha.size
             textures[number] = fill(rng, self.bank, prepared.colors[index], width, height, self.size, calm=number > 0)
         return textures
+
+    def _shades(self, prepared: Prepared, leaves: list[Leaf]) -> dict[int, np.ndarray]:
+        """The shading of the leaves that are large enough for it, by number."""
+        if prepared.relief.bevel <= 0.05:
+            return {}
+        least = 3 * _TINY * self.size**2
+        return {
+            number: self._shading(leaf.alpha, prepared.relief)
+            for number, leaf in enumerate(leaves)
+            if leaf.area > least
+        }
 
     def _paint_plain(self, leaf: Leaf, color: np.ndarray) -> None:
         behind = self.image.resize((1, 1), Image.Resampling.BOX, leaf.window).getpixel((0, 0))
@@ -229,19 +267,11 @@ class Canvas:
         shifted = np.minimum(np.maximum(shifted, 0), 255).astype(int)
         self.image.paste(tuple(shifted.tolist()), leaf.window, leaf.alpha)
 
-    def _paint_texture(self, leaf: Leaf, texture: Texture, shade: np.ndarray | None) -> None:
-        shift = self._contrast(texture, leaf)
+    def _paint_texture(self, leaf: Leaf, look: Look) -> None:
+        behind = as_array(self.image.resize(look.grid, Image.Resampling.NEAREST, leaf.window)).reshape(-1, 3)
+        shift = _separation(look.mean, look.weight @ behind, self.style.contrast)
         everywhere = leaf.area == leaf.coverage.size and leaf.coverage.min() == 255
-        self.image.paste(texture.render(shift, shade), leaf.window, None if everywhere else leaf.alpha)
-
-    def _contrast(self, texture: Texture, leaf: Leaf) -> float:
-        """How much lighter or darker a texture must get to stand out from what it will cover."""
-        step = max(1, min(leaf.coverage.shape) // 10)
-        share = leaf.coverage[::step, ::step].astype(np.float32)
-        old = as_array(self.image.resize(share.shape[::-1], Image.Resampling.NEAREST, leaf.window)).reshape(-1, 3)
-        new = texture.sample(step).reshape(-1, 3)
-        weight = share.ravel() / max(float(share.sum()), 1e-6)
-        return _separation(weight @ new, weight @ old, self.style.contrast)
+        self.image.paste(look.texture.render(shift, look.shade), leaf.window, None if everywhere else leaf.alpha)
 
     def _shading(self, alpha: Image.Image, relief: Relief) -> np.ndarray:
         """A factor [h, w] around 1: the light on a surface that bulges towards its middle, plus a plain gradient."""
@@ -261,10 +291,11 @@ class Canvas:
         image = Image.fromarray(factor.astype(np.float32))
         return as_array(image.resize(alpha.size, Image.Resampling.BICUBIC))
 
-    def _cast_shadow(self, rasters: list[Raster]) -> None:
-        """Darken what lies behind an object, away from the light."""
-        if not rasters:
-            return
+    def _shadow(self, prepared: Prepared, leaves: list[Leaf]) -> Raster | None:
+        """How an object darkens what lies behind it, away from the light."""
+        rasters = [leaf.raster for leaf in leaves if leaf.raster is not None]
+        if prepared.flat or self.style.shadow <= 0 or not rasters:
+            return None
         left, top, right, bottom = _bounds(rasters)
         extent = max(right - left, bottom - top)
         reach, soft = self.style.reach * extent, max(self.style.softness * extent, self.size / 200)
@@ -279,13 +310,13 @@ class Canvas:
             at = (round((x - left + margin + shift[0]) / step), round((y - top + margin + shift[1]) / step))
             sheet.paste(round(255 * self.style.shadow), at, small)
         sheet = sheet.filter(ImageFilter.GaussianBlur(soft / step))
-        self._darken(sheet, step, left - margin, top - margin)
+        return self._enlarged(sheet, step, left - margin, top - margin)
 
-    def _darken(self, sheet: Image.Image, step: int, left: int, top: int) -> None:
-        """Paint shadow where a sheet says so, which has one pixel for step x step of the image."""
+    def _enlarged(self, sheet: Image.Image, step: int, left: int, top: int) -> Raster | None:
+        """What is not empty of a sheet that has one pixel for step x step of the image."""
         shaded = sheet.getbbox()
         if shaded is None:
-            return
+            return None
         # What is neither empty nor outside of the image, and one more pixel on each side for the interpolation.
         first_x, first_y = (max(0, low - 1, -at // step - 1) for low, at in zip(shaded[:2], (left, top), strict=True))
         last_x, last_y = (
@@ -293,10 +324,23 @@ class Canvas:
             for side, high, at in zip(sheet.size, shaded[2:], (left, top), strict=True)
         )
         if last_x <= first_x or last_y <= first_y:
-            return
+            return None
         part = sheet.crop((first_x, first_y, last_x, last_y))
         mask = part.resize((part.width * step, part.height * step), Image.Resampling.BILINEAR)
-        self.image.paste((12, 12, 18), (left + first_x * step, top + first_y * step), mask)
+        return Raster(mask, left + first_x * step, top + first_y * step)
+
+
+def _looks(leaves: list[Leaf], textures: dict[int, Texture], shades: dict[int, np.ndarray]) -> dict[int, Look]:
+    """How leaves with textures are painted, by number."""
+    looks = {}
+    for number, texture in textures.items():
+        coverage = leaves[number].coverage
+        step = max(1, min(coverage.shape) // 10)
+        share = coverage[::step, ::step].astype(np.float32)
+        weight = share.ravel() / max(float(share.sum()), 1e-6)
+        mean = weight @ texture.sample(step).reshape(-1, 3)
+        looks[number] = Look(texture, share.shape[::-1], weight, mean, shades.get(number))
+    return looks
 
 
 def _leaf(part: Part, raster: Raster | None) -> Leaf:

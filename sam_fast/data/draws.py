@@ -13,6 +13,11 @@ def pick(rng: np.random.Generator, options: Sequence[float]) -> float:
     return options[int(rng.integers(len(options)))]
 
 
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """The same as `rng.uniform(low, high)`, which takes most of its time to find out that these are no arrays."""
+    return low + (high - low) * rng.random()
+
+
 def draw_index(rng: np.random.Generator, bounds: Sequence[float]) -> int:
     """The same as `rng.choice(len(weights), p=weights / sum(weights))`; `bounds` are `cumulative_shares(weights)`."""
     return bisect_right(bounds, rng.random())

@@ -13,7 +13,7 @@ import numpy as np
 
 from sam_fast.data.canvas import Canvas, Region, Style
 from sam_fast.data.degrade import degrade
-from sam_fast.data.draws import pick
+from sam_fast.data.draws import cumulative_shares, draw_index, pick, uniform
 from sam_fast.data.objects import Part, make_object
 from sam_fast.data.sample import Sample, choose_masks
 from sam_fast.data.shapes import Contour, Placement, Shape, ragged_line
@@ -22,6 +22,8 @@ from sam_fast.data.textures import cut, palette, texture_bank
 LEAST_AREA = 48 / 256**2  # smaller visible regions have no mask, as a share of the image
 LEAST_VISIBLE = 0.15  # nor have those of which less is seen, as a share of themselves
 SAME = 0.92  # nor has a part that is this much of its whole
+_FLAT_OR_NOT = cumulative_shares((0.2, 0.8))
+_GROUNDS = cumulative_shares((0.55, 0.3, 0.15))  # one, two or three of them
 _DOMAINS = (20230405, 20230406)  # first words of the random streams of training and of held-out scenes
 
 
@@ -127,21 +129,21 @@ def visible_regions(canvas: Canvas) -> list[Region]:
 def compose(rng: np.random.Generator, size: int, held_out: bool) -> Canvas:
     """Paint a scene, without the camera's imperfections."""
     bank = texture_bank(held_out)
-    angle = rng.uniform(-0.9, 0.1) * np.pi  # mostly from above
+    angle = uniform(rng, -0.9, 0.1) * np.pi  # mostly from above
     shadows, contrast = rng.random() < 0.6, pick(rng, (10.0, 18.0, 28.0))
     style = Style(
         light=np.array([np.cos(angle), np.sin(angle)]),
-        relief=float(rng.choice([0, rng.uniform(0.2, 1)], p=[0.2, 0.8])),
-        shadow=rng.uniform(0.25, 0.75) if shadows else 0.0,
-        reach=rng.uniform(0.01, 0.25),
-        softness=rng.uniform(0.01, 0.12),
+        relief=(0.0, uniform(rng, 0.2, 1))[draw_index(rng, _FLAT_OR_NOT)],
+        shadow=uniform(rng, 0.25, 0.75) if shadows else 0.0,
+        reach=uniform(rng, 0.01, 0.25),
+        softness=uniform(rng, 0.01, 0.12),
         contrast=float(contrast),
     )
     canvas = Canvas(size, bank, style)
     colors = palette(rng, bank, 8)
     horizon = _paint_background(rng, canvas, colors)
     if rng.random() < 0.2:
-        canvas.blur(rng.uniform(0.6, 3.0))
+        canvas.blur(uniform(rng, 0.6, 3.0))
     prepared = []
     for part, radius in _objects(rng, horizon, held_out):
         own = colors[rng.integers(len(colors), size=4)] * rng.uniform(0.7, 1.25, (4, 1)) + rng.normal(0, 10, (4, 3))
@@ -149,8 +151,7 @@ def compose(rng: np.random.Generator, size: int, held_out: bool) -> Canvas:
         own[related] = own[0] * rng.uniform(0.5, 1.5, (4, 1))[related]
         own = np.minimum(np.maximum(own, 4), 251).astype(np.float32)
         prepared.append(canvas.prepare(rng, part, own, flat=bool(rng.random() < 0.1 or radius > 1)))
-    for each in prepared:
-        canvas.show(each)
+    canvas.show(*prepared)
     return canvas
 
 
@@ -161,13 +162,13 @@ def _paint_background(rng: np.random.Generator, canvas: Canvas, colors: np.ndarr
     shades = colors[rng.integers(len(colors), size=(4, 4))]
     if kind < 0.15:
         photo = canvas.bank.photos[int(rng.integers(len(canvas.bank.photos)))]
-        canvas.image = cut(rng, photo, canvas.size, canvas.size, canvas.size, rng.uniform(0.8, 2)).convert("RGB")
+        canvas.image = cut(rng, photo, canvas.size, canvas.size, canvas.size, uniform(rng, 0.8, 2)).convert("RGB")
         return None
     canvas.paint(rng, everything, shades[0], flat=True)
     if kind < 0.4:
         return None
     turned = rng.random() < 0.15
-    heights = np.sort(rng.uniform(0.15, 0.85, int(rng.choice([1, 2, 3], p=[0.55, 0.3, 0.15]))))
+    heights = np.sort(rng.uniform(0.15, 0.85, 1 + draw_index(rng, _GROUNDS)))
     for height, shade in zip(heights.tolist(), shades[1:], strict=False):
         part = Part(_ground(rng, height, turned), family="stuff")
         canvas.paint(rng, part, shade, flat=True)
@@ -180,11 +181,11 @@ def _ground(rng: np.random.Generator, height: float, turned: bool) -> Shape:
     y = height + pick(rng, (0.0, rng.normal(0, 0.12))) * (x - 0.5)
     kind = rng.random()
     if kind < 0.35:
-        y = y + rng.uniform(0.01, 0.06) * ragged_line(rng, 80, rng.uniform(1.5, 2.5))
+        y = y + uniform(rng, 0.01, 0.06) * ragged_line(rng, 80, uniform(rng, 1.5, 2.5))
     elif kind < 0.55:
-        y = y + rng.uniform(0.01, 0.05) * ragged_line(rng, 80, rng.uniform(0.6, 1.1))
+        y = y + uniform(rng, 0.01, 0.05) * ragged_line(rng, 80, uniform(rng, 0.6, 1.1))
     elif kind < 0.65:  # a corner, as of walls
-        y = y + np.abs(x - rng.uniform(0.2, 0.8)) * rng.uniform(-0.5, 0.5)
+        y = y + np.abs(x - uniform(rng, 0.2, 0.8)) * uniform(rng, -0.5, 0.5)
     points = np.concatenate([np.stack([x, y], axis=1), [[1.2, 1.3], [-0.2, 1.3]]])
     return [Contour(points[:, ::-1] if turned else points)]
 
@@ -192,7 +193,7 @@ def _ground(rng: np.random.Generator, height: float, turned: bool) -> Shape:
 def _objects(rng: np.random.Generator, horizon: float | None, held_out: bool) -> list[tuple[Part, float]]:
     """Objects in the scene's frame with their radii, farthest first."""
     kind = rng.random()
-    count, exponent, low, high = int(rng.integers(4, 13)), rng.uniform(1.05, 2.3), 0.06, 0.4
+    count, exponent, low, high = int(rng.integers(4, 13)), uniform(rng, 1.05, 2.3), 0.06, 0.4
     if kind < 0.15:  # dead leaves: everything covered
         count, low, high = int(rng.integers(14, 26)), 0.08, 0.5
     compound = 0.25 if kind < 0.15 else pick(rng, (0.6, 1.0, 2.5))
@@ -200,7 +201,7 @@ def _objects(rng: np.random.Generator, horizon: float | None, held_out: bool) ->
         1 / (1 - exponent)
     )
     if kind > 0.7:  # one object that fills the view
-        radii = np.concatenate([[rng.uniform(0.35, 0.75)], radii[: max(3, count // 2)]])
+        radii = np.concatenate([[uniform(rng, 0.35, 0.75)], radii[: max(3, count // 2)]])
     elif kind >= 0.15 and rng.random() < 0.7:
         radii = np.sort(radii)[::-1]
     standing = horizon is not None and kind >= 0.15 and rng.random() < 0.6
@@ -213,14 +214,14 @@ def _objects(rng: np.random.Generator, horizon: float | None, held_out: bool) ->
         elif standing and horizon is not None:
             depth = rng.random()
             center[1] = min(horizon + depth * (1 - horizon), 1.0) - 0.8 * radius
-        objects.append((part.placed(_placement(rng, part, center, radius)), radius))
-    return objects
+        objects.append((part, _placement(rng, part, center, radius), radius))
+    return [(part.placed(placement), radius) for part, placement, radius in objects]
 
 
 def _placement(rng: np.random.Generator, part: Part, center: np.ndarray, radius: float) -> Placement:
     """Turn, stretch, shear and bend an object; things with an upright stay nearly so."""
     upright = bool(part.parts) or rng.random() < 0.3
-    angle = rng.normal(0, 0.15) if upright and rng.random() < 0.8 else rng.uniform(0, 2 * np.pi)
+    angle = rng.normal(0, 0.15) if upright and rng.random() < 0.8 else uniform(rng, 0, 2 * np.pi)
     stretch = np.exp(rng.normal(0, 0.25 if upright else 0.35))
     shear, mirror = rng.normal(0, 0.12), 1 if part.family in ("letter", "sign") else int(pick(rng, (-1, 1)))
     cos, sin = np.cos(angle), np.sin(angle)

@@ -15,21 +15,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sam_fast.data.draws import cumulative_shares, draw_index, pick
+from sam_fast.data.draws import cumulative_shares, draw_index, pick, uniform
 
 HELD_OUT_FAMILIES = ("gear", "petal")  # only drawn where held_out=True, so that evaluation meets new geometry
 
 
-@dataclass(frozen=True)
-class Contour:
+class Contour(NamedTuple):
     """A filled polygon [K, 2], or several [P, K, 2]; with `fill` False a hole in the contours before it."""
 
     points: np.ndarray
     fill: bool = True
 
 
-@dataclass(frozen=True)
-class Glyphs:
+class Glyphs(NamedTuple):
     """Text, drawn in the parallelogram of three points [3, 2]: upper left, upper right, lower left."""
 
     points: np.ndarray
@@ -61,12 +59,20 @@ class Placement:
         return points @ self.matrix.T + self.offset
 
     def shape(self, shape: Shape) -> Shape:
-        return [
-            Contour(self(primitive.points), primitive.fill)
-            if isinstance(primitive, Contour)
-            else Glyphs(self(primitive.points), primitive.text)
-            for primitive in shape
-        ]
+        if not shape:
+            return []
+        # All points at once: numpy takes about as long for many as for few.
+        flat = [primitive.points.reshape(-1, 2) for primitive in shape]
+        points = self(np.concatenate(flat)) if len(flat) > 1 else self(flat[0])
+        placed: Shape = []
+        end = 0
+        for primitive, own in zip(shape, flat, strict=True):
+            start, end = end, end + len(own)
+            moved = points[start:end].reshape(primitive.points.shape)
+            placed.append(
+                Contour(moved, primitive.fill) if isinstance(primitive, Contour) else Glyphs(moved, primitive.text)
+            )
+        return placed
 
 
 class Raster(NamedTuple):
@@ -233,7 +239,7 @@ def _quadrilateral(rng: np.random.Generator) -> Shape:
 
 def _bracket(rng: np.random.Generator) -> Shape:
     """L, T, U and plus shapes."""
-    arm = rng.uniform(0.15, 0.4)
+    arm = uniform(rng, 0.15, 0.4)
     bars = [(-1, -1, 1, -1 + 2 * arm), (-1, 1 - 2 * arm, 1, 1), (-1, -1, -1 + 2 * arm, 1), (1 - 2 * arm, -1, 1, 1)]
     bars += [(-1, -arm, 1, arm), (-arm, -1, arm, 1)]
     choice = [(0, 2), (0, 5), (2, 1, 3), (4, 5), (2, 4, 3), (2, 0, 4, 1)][int(rng.integers(6))]
@@ -241,31 +247,31 @@ def _bracket(rng: np.random.Generator) -> Shape:
 
 
 def _rounded(rng: np.random.Generator) -> Shape:
-    return rounded_box(-1, -1, 1, 1, rng.uniform(0.1, 1))
+    return rounded_box(-1, -1, 1, 1, uniform(rng, 0.1, 1))
 
 
 def _ellipse(rng: np.random.Generator) -> Shape:
-    power = float(pick(rng, (1, 1, rng.uniform(0.6, 1.4))))
+    power = float(pick(rng, (1, 1, uniform(rng, 0.6, 1.4))))
     points = circle(56)
     return [Contour(np.sign(points) * np.abs(points) ** power)]
 
 
 def _blob(rng: np.random.Generator) -> Shape:
-    radius = 0.75 + rng.uniform(0.05, 0.25) * ragged_line(rng, 72, rng.uniform(1.5, 2.5))[:-1]
+    radius = 0.75 + uniform(rng, 0.05, 0.25) * ragged_line(rng, 72, uniform(rng, 1.5, 2.5))[:-1]
     return _polar(radius.clip(0.15, 1.4))
 
 
 def _ragged(rng: np.random.Generator) -> Shape:
     """Rocks, crowns of trees, puddles: fractal outlines."""
-    radius = 0.75 + rng.uniform(0.1, 0.2) * ragged_line(rng, 120, rng.uniform(0.7, 1.2))[:-1]
+    radius = 0.75 + uniform(rng, 0.1, 0.2) * ragged_line(rng, 120, uniform(rng, 0.7, 1.2))[:-1]
     return _polar(radius.clip(0.15, 1.4))
 
 
 def _cluster(rng: np.random.Generator) -> Shape:
     """Overlapping discs: clouds, bushes, animals without legs."""
     count = int(rng.integers(2, 7))
-    centers = rng.uniform(-0.55, 0.55, (count, 2)) * (1, rng.uniform(0.2, 1))
-    radii = rng.uniform(0.25, 0.6, (count, 1, 1)) * (1, rng.uniform(0.6, 1.3))
+    centers = rng.uniform(-0.55, 0.55, (count, 2)) * (1, uniform(rng, 0.2, 1))
+    radii = rng.uniform(0.25, 0.6, (count, 1, 1)) * (1, uniform(rng, 0.6, 1.3))
     return [Contour(circle(36) * radii + centers[:, None]), Contour(circle(36) * 0.35)]
 
 
@@ -273,34 +279,34 @@ def _limbs(rng: np.random.Generator) -> Shape:
     """A thick body with tapering arms: hands, branches, animals."""
     shape: Shape = [Contour(circle(36) * rng.uniform(0.25, 0.5, 2))]
     for angle in rng.uniform(0, 2 * np.pi, int(rng.integers(2, 7))):
-        reach = np.linspace(0, rng.uniform(0.6, 1.1), 8)[:, None]
-        turn = angle + rng.uniform(-0.8, 0.8) * reach
+        reach = np.linspace(0, uniform(rng, 0.6, 1.1), 8)[:, None]
+        turn = angle + uniform(rng, -0.8, 0.8) * reach
         line = reach * np.concatenate([np.cos(turn), np.sin(turn)], axis=1)
-        shape += strip(line, np.linspace(rng.uniform(0.12, 0.25), rng.uniform(0.04, 0.12), 8))
+        shape += strip(line, np.linspace(uniform(rng, 0.12, 0.25), uniform(rng, 0.04, 0.12), 8))
     return shape
 
 
 def _stroke(rng: np.random.Generator) -> Shape:
     steps = 20
-    heading = rng.uniform(0, 2 * np.pi) + np.cumsum(rng.normal(0, rng.uniform(0, 0.25), steps) + rng.normal(0, 0.08))
+    heading = uniform(rng, 0, 2 * np.pi) + np.cumsum(rng.normal(0, uniform(rng, 0, 0.25), steps) + rng.normal(0, 0.08))
     line = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], axis=1), axis=0)
     line = 2 * (line - (line.min(0) + line.max(0)) / 2) / max(np.ptp(line, axis=0).max(), 1e-6)
-    thick = rng.uniform(0.03, 0.12) if rng.random() < 0.6 else rng.uniform(0.12, 0.3)
-    taper = np.linspace(1, pick(rng, (1, rng.uniform(0.3, 1))), steps)
+    thick = uniform(rng, 0.03, 0.12) if rng.random() < 0.6 else uniform(rng, 0.12, 0.3)
+    taper = np.linspace(1, pick(rng, (1, uniform(rng, 0.3, 1))), steps)
     return strip(line, thick * taper, bool(rng.random() < 0.7))
 
 
 def _ring(rng: np.random.Generator) -> Shape:
     outer = [_ellipse, _rounded, _blob][int(rng.integers(3))](rng)[0]
-    inner = Contour(outer.points * rng.uniform(0.35, 0.85) + rng.uniform(-0.05, 0.05, 2), fill=False)
+    inner = Contour(outer.points * uniform(rng, 0.35, 0.85) + rng.uniform(-0.05, 0.05, 2), fill=False)
     return [outer, inner]
 
 
 def _crescent(rng: np.random.Generator) -> Shape:
-    angle = np.linspace(0, rng.uniform(0.6, 1.7) * np.pi, 24)
+    angle = np.linspace(0, uniform(rng, 0.6, 1.7) * np.pi, 24)
     line = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     bulge = np.sin(np.linspace(0, np.pi, 24)) ** pick(rng, (0.3, 1.0))
-    return strip(line * 0.85, rng.uniform(0.1, 0.3) * bulge + 0.02, False)
+    return strip(line * 0.85, uniform(rng, 0.1, 0.3) * bulge + 0.02, False)
 
 
 def glyph_width(text: str) -> float:
@@ -326,7 +332,7 @@ def _letter(rng: np.random.Generator) -> Shape:
 def _gear(rng: np.random.Generator) -> Shape:
     """Stars and cogwheels, some with a hole."""
     teeth = int(rng.integers(4, 13))
-    inner = rng.uniform(0.35, 0.8)
+    inner = uniform(rng, 0.35, 0.8)
     if rng.random() < 0.5:
         radius = np.tile([1, inner], teeth)
         angle = np.pi * np.arange(2 * teeth) / teeth
@@ -336,7 +342,7 @@ def _gear(rng: np.random.Generator) -> Shape:
     outline = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
     shape: Shape = [Contour(densify(outline))]
     if rng.random() < 0.4:
-        shape.append(Contour(circle() * inner * rng.uniform(0.3, 0.7), fill=False))
+        shape.append(Contour(circle() * inner * uniform(rng, 0.3, 0.7), fill=False))
     return shape
 
 
@@ -346,10 +352,10 @@ def _petal(rng: np.random.Generator) -> Shape:
     kind = int(rng.integers(3))
     if kind == 0:
         petals = int(rng.integers(3, 9))
-        return _polar(rng.uniform(0.15, 0.4) + 0.65 * np.abs(np.cos(petals * angle / 2)) ** rng.uniform(0.5, 1.5))
+        return _polar(uniform(rng, 0.15, 0.4) + 0.65 * np.abs(np.cos(petals * angle / 2)) ** uniform(rng, 0.5, 1.5))
     if kind == 1:
         x = np.cos(angle)
-        y = np.sign(np.sin(angle)) * rng.uniform(0.3, 0.6) * (1 - x**2) * (1 + 0.5 * rng.uniform(-1, 1) * x)
+        y = np.sign(np.sin(angle)) * uniform(rng, 0.3, 0.6) * (1 - x**2) * (1 + 0.5 * uniform(rng, -1, 1) * x)
         return [Contour(np.stack([x, y], axis=1))]
     x = 16 * np.sin(angle) ** 3
     y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))

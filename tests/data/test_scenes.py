@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from sam_fast.data import draws, objects, scenes, shapes, textures
 from sam_fast.data.canvas import Canvas, Style
+from sam_fast.data.degrade import gaussian_blur
 from sam_fast.data.objects import Part
 from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import SceneSource, make_scene, visible_regions
@@ -276,6 +277,7 @@ def test_own_choices_are_those_of_numpy(weights: tuple[float, ...]) -> None:
     for _ in range(200):
         assert draws.draw_index(ours, bounds) == numpys.choice(len(weights), p=shares)
         assert draws.pick(ours, weights) == numpys.choice(weights)
+        assert draws.uniform(ours, -0.3, weights[0]) == numpys.uniform(-0.3, weights[0])
     assert ours.random() == numpys.random()
 
 
@@ -320,11 +322,30 @@ def test_prepared_objects_are_painted_as_one_by_one() -> None:
     expected = painted(*parts)
     rng, canvas = np.random.default_rng(0), Canvas(128, textures.texture_bank(), PLAIN)
     prepared = [canvas.prepare(rng, part, np.full((4, 3), 200, np.float32)) for part in parts]
-    for each in prepared:
-        canvas.show(each)
+    canvas.show(*prepared)
     assert canvas.image == expected.image
     np.testing.assert_array_equal(canvas.owner, expected.owner)
     assert canvas.regions == expected.regions
+
+
+@pytest.mark.parametrize("radius", [0.3, 1.0, 4.7])
+def test_a_blur_by_channels_is_the_filter(radius: float) -> None:
+    picture = Image.merge("RGB", [Image.effect_noise((37, 23), spread) for spread in (20, 60, 200)])
+    assert gaussian_blur(picture, radius) == picture.filter(ImageFilter.GaussianBlur(radius))
+
+
+def test_outlines_are_placed_as_one_by_one() -> None:
+    """A tree of a part without a shape, several outlines, several polygons in one, and text."""
+    band = shapes.strip(np.array([[0.0, 0], [1, 0.5], [0.3, 1]]), np.array([0.1, 0.2, 0.1]))
+    tree = Part(None, [Part(disc(0, 0, 1), [Part(band, color=2)]), Part(shapes.glyphs("A", -1, -1, 1, 1), clip=True)])
+    placement = shapes.Placement(np.array([[0.2, -0.1], [0.1, 0.3]]), np.array([0.5, 0.4]), np.full((2, 3), 0.7))
+    placed = tree.placed(placement)
+    assert placed.shape is None and placed.parts[0].parts[0].color == 2 and placed.parts[1].clip
+    for old, new in zip(tree.parts + tree.parts[0].parts, placed.parts + placed.parts[0].parts, strict=True):
+        for before, after in zip(old.shape or [], new.shape or [], strict=True):
+            np.testing.assert_allclose(after.points, placement(before.points), rtol=1e-12)
+            assert after[1] == before[1]
+    assert Part(None).placed(placement) == Part(None)
 
 
 def test_texture_photos_state_their_licences_and_are_small() -> None:
