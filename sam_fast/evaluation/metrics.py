@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 
 # COCO's thresholds of the IoU, 0.5, 0.55, ..., 0.95.
 RECALL_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-# Masks that exist as numbers, one for each pixel, at a time.
-_MASKS_AT_ONCE = 16
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
@@ -74,25 +71,31 @@ def pairwise_iou(masks: Iterable[np.ndarray], truths: np.ndarray) -> np.ndarray:
     Returns:
         float64 [D, N].
     """
-    columns = torch.from_numpy(truths.reshape(len(truths), -1)).float().T
-    areas = columns.sum(0).double()
-    rows = []
-    chunk: list[torch.Tensor] = []
-
-    def flush() -> None:
-        stacked = torch.stack(chunk)
-        shared = (stacked @ columns).double()
-        union = stacked.sum(1).double()[:, None] + areas - shared
-        rows.append(torch.where(union > 0, shared / union.clamp(min=1), 0.0).numpy())
-        chunk.clear()
-
+    boxes, areas = [_box(truth) for truth in truths], [np.count_nonzero(truth) for truth in truths]
+    ious = []
     for mask in masks:
-        chunk.append(torch.from_numpy(np.ascontiguousarray(mask)).flatten().float())
-        if len(chunk) == _MASKS_AT_ONCE:
-            flush()
-    if chunk:
-        flush()
-    return np.concatenate(rows) if rows else np.zeros((0, len(truths)))
+        box, area = _box(mask), np.count_nonzero(mask)
+        shared = np.array([_shared_pixels(mask, box, *other) for other in zip(truths, boxes, strict=True)], float)
+        union = np.maximum(area + np.array(areas, float) - shared, 1)
+        ious.append(shared / union)
+    return np.array(ious).reshape(len(ious), len(truths))
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Rows and columns, first and behind the last, of the pixels of a mask, bool [H, W]; zeros if it is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if len(rows) else (0, 0, 0, 0)
+
+
+def _shared_pixels(
+    a: np.ndarray, box_a: tuple[int, int, int, int], b: np.ndarray, box_b: tuple[int, int, int, int]
+) -> int:
+    """How many pixels two masks, bool [H, W], have in common, looked for where their boxes overlap."""
+    top, bottom = max(box_a[0], box_b[0]), min(box_a[1], box_b[1])
+    left, right = max(box_a[2], box_b[2]), min(box_a[3], box_b[3])
+    if top >= bottom or left >= right:
+        return 0
+    return int(np.count_nonzero(a[top:bottom, left:right] & b[top:bottom, left:right]))
 
 
 def match_ranks(ious: np.ndarray, thresholds: Sequence[float] | np.ndarray = RECALL_THRESHOLDS) -> np.ndarray:

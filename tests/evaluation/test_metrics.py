@@ -74,12 +74,22 @@ def test_boundary_iou_crops_without_a_trace() -> None:
 
 
 def test_pairwise_iou() -> None:
+    """Dense masks, an empty one on each side, and rectangles that overlap, touch, or are apart."""
     rng = np.random.default_rng(2)
-    masks, truths = rng.random((37, 20, 30)) > 0.6, rng.random((5, 20, 30)) > 0.4
-    masks[3] = False
+    masks, truths = rng.random((37, 20, 30)) > 0.6, rng.random((25, 20, 30)) > 0.4
+    masks[3], truths[2] = False, False
+    for i in range(10):
+        for rectangle in (masks[10 + i], truths[10 + i]):
+            y, x, height, width = rng.integers(1, 12, 4)
+            rectangle[:] = False
+            rectangle[y : y + height, x : x + width] = True
     ious = pairwise_iou(iter(masks), truths)
-    np.testing.assert_allclose(ious, [[mask_iou(mask, truth) for truth in truths] for mask in masks], rtol=1e-12)
-    assert pairwise_iou([], truths).shape == (0, 5)
+    # By mask_iou, to which two empty masks are the same; of truths there is none to find.
+    expected = np.array([[mask_iou(mask, truth) for truth in truths] for mask in masks])
+    expected[3, 2] = 0
+    np.testing.assert_allclose(ious, expected, rtol=1e-12)
+    assert (expected[10:20, 10:20] == 0).any() and (expected[10:20, 10:20] > 0).any()
+    assert pairwise_iou([], truths).shape == (0, 25) and pairwise_iou(masks, truths[:0]).shape == (37, 0)
 
 
 def test_recall_by_hand() -> None:
