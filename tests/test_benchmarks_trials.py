@@ -21,7 +21,6 @@ from benchmarks.trials import decoder, run, training, variants
 from benchmarks.trials.timing import randn
 from sam_fast.runtime import decoding, plain
 
-SECONDS = 25  # of a section
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
 
@@ -39,9 +38,7 @@ def work(folder: Path, section: str, *arguments: str) -> tuple[list[str], dict[s
     rest = ["--device", "cpu", "--batches", "1", "--prompts", "1", "3", "--size", "32x48", "--points-per-side", "2"]
     rest += ["--precisions", "fp32", "--commit", "abc", "--output", str(folder), "--begun", str(begun)]
     given = program.parse_arguments(["--sections", section, *arguments, *rest])
-    start = time.monotonic()
     assert program.work(given, "python -m benchmarks.trials") == 0
-    assert time.monotonic() - start < SECONDS
     lines = (folder / "trials.txt").read_text().splitlines()
     rows: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
     with (folder / "trials.csv").open(newline="") as file:
