@@ -13,6 +13,7 @@ remain in each; with RLE or `min_mask_region_area`, the length of the codes; wit
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -102,6 +103,16 @@ class SamAutomaticMaskGenerator:
             raise ValueError(f"points_per_batch must be positive, got {points_per_batch}")
         if not 0 <= crop_overlap_ratio <= 1:
             raise ValueError(f"crop_overlap_ratio must be from 0 to 1, got {crop_overlap_ratio}")
+        thresholds = {
+            "pred_iou_thresh": pred_iou_thresh,
+            "stability_score_thresh": stability_score_thresh,
+            "stability_score_offset": stability_score_offset,
+            "box_nms_thresh": box_nms_thresh,
+            "crop_nms_thresh": crop_nms_thresh,
+        }
+        for name, value in thresholds.items():
+            if math.isnan(value):  # above which nothing is, or everything, as it happens
+                raise ValueError(f"{name} must be a number, got {value}")
         if points_per_side is not None:
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
         assert point_grids is not None

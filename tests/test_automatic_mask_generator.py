@@ -227,6 +227,8 @@ def test_backends_agree(tiny_models, image):
         ({"crop_overlap_ratio": 1.5}, "crop_overlap_ratio must be from 0 to 1, got 1.5"),
         ({"crop_overlap_ratio": -0.1}, "crop_overlap_ratio must be"),
         ({"crop_overlap_ratio": np.nan}, "crop_overlap_ratio must be"),
+        ({"pred_iou_thresh": np.nan}, "pred_iou_thresh must be a number, got nan"),
+        ({"crop_nms_thresh": float("nan")}, "crop_nms_thresh must be a number, got nan"),
         ({"points_per_side": None, "point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "needs 2 point_grids"),
     ],
 )
