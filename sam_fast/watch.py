@@ -50,10 +50,10 @@ class Watch:
         )
 
     def _current_children(self) -> list[Any]:
-        return [child for d in self._child_dicts for child in d.values()]
+        return [child for d in self._child_dicts if d for child in d.values()]
 
     def _current_tensors(self) -> list[Any]:
-        return [tensor for d in self._tensor_dicts for tensor in d.values()]
+        return [tensor for d in self._tensor_dicts if d for tensor in d.values()]  # most are empty
 
     def _current_state(self) -> tuple[list[int], list[int]]:
         """Where each tensor lies, and how often it was written to."""
