@@ -31,10 +31,11 @@ def prompts_to(device: torch.device, arrays: Mapping[str, Any], embedding: Image
 class Results(NamedTuple):
     """What N prompts gave, where the model is.
 
-    masks: [N, M, H, W], bool or float32 logits; of `width`, bits [N, M, H, row_bytes(W)] uint8.
-    iou: [N, M] float32.
-    low_res: [N, M, 4s, 4s] float32 logits.
-    width: W of masks that are packed, in pixels, or None.
+    Attributes:
+        masks: [N, M, H, W], bool or float32 logits; of `width`, bits [N, M, H, row_bytes(W)] uint8.
+        iou: [N, M] float32.
+        low_res: [N, M, 4s, 4s] float32 logits.
+        width: W of masks that are packed, in pixels, or None.
     """
 
     masks: Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -377,19 +377,13 @@ def test_one_model_serves_many_threads(predictors, photo):
     images = [photo_of(photo, SIZES[name]) for name in names]
     embeddings = ours.encode_images(images)
     expected = [ours.predict(np.array([[5, 5]]), np.array([1]), embedding=e) for e in embeddings]
-    results: dict[int, list] = {}
 
-    def work(thread: int) -> None:
+    def work(thread: int) -> list:
         own = ours.encode_images([images[thread % 4]])[0]
-        results[thread] = [
-            ours.predict(np.array([[5, 5]]), np.array([1]), embedding=e) for e in (own, *embeddings[thread % 4 :])
-        ]
+        return [ours.predict(np.array([[5, 5]]), np.array([1]), embedding=e) for e in (own, *embeddings[thread % 4 :])]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
     for i in range(8):
         for got, want in zip(results[i], (expected[i % 4], *expected[i % 4 :]), strict=True):
             np.testing.assert_allclose(got[2], want[2], rtol=0, atol=1e-3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -204,16 +205,12 @@ def test_results_are_the_callers_own(ours, on_gpu):
 
 def test_threads_do_not_disturb_each_other(ours, on_gpu):
     points = [np.array([[10.0 * i + 5, 7.0 * i + 3]]) for i in range(8)]
-    got: dict[int, Any] = {}
 
-    def work(i: int) -> None:
-        got[i] = [on_gpu("predict", points[i], np.array([1])) for _ in range(3)]
+    def work(i: int) -> list[Any]:
+        return [on_gpu("predict", points[i], np.array([1])) for _ in range(3)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(work, range(8)))
     for i in range(8):
         expected = ours.predict(points[i], np.array([1]))
         for result, gpu in got[i]:

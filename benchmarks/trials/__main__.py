@@ -30,9 +30,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.gpu import size
+from benchmarks.gpu import ROOT, size
 
-ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles", "training")
 FINISHED = (0, 1, 2)  # exit codes of a child that needs no other after it
 _BROKEN = 77  # that of one whose CUDA context is broken

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sam_fast.evaluation.protocol import tight_box
+
 # COCO's thresholds of the IoU, 0.5, 0.55, ..., 0.95.
 RECALL_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
@@ -71,31 +73,22 @@ def pairwise_iou(masks: Iterable[np.ndarray], truths: np.ndarray) -> np.ndarray:
     Returns:
         float64 [D, N].
     """
-    boxes, areas = [_box(truth) for truth in truths], [np.count_nonzero(truth) for truth in truths]
+    boxes = np.array([_box(truth) for truth in truths]).reshape(-1, 4)
+    areas = np.array([np.count_nonzero(truth) for truth in truths], float)
     ious = []
     for mask in masks:
-        box, area = _box(mask), np.count_nonzero(mask)
-        shared = np.array([_shared_pixels(mask, box, *other) for other in zip(truths, boxes, strict=True)], float)
-        union = np.maximum(area + np.array(areas, float) - shared, 1)
-        ious.append(shared / union)
+        box, shared = _box(mask), np.zeros(len(truths))
+        first, last = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])  # (x, y) where boxes overlap
+        for i in np.flatnonzero((first <= last).all(1)):
+            window = slice(first[i, 1], last[i, 1] + 1), slice(first[i, 0], last[i, 0] + 1)
+            shared[i] = np.count_nonzero(mask[window] & truths[i][window])
+        ious.append(shared / np.maximum(np.count_nonzero(mask) + areas - shared, 1))
     return np.array(ious).reshape(len(ious), len(truths))
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Rows and columns, first and behind the last, of the pixels of a mask, bool [H, W]; zeros if it is empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) if len(rows) else (0, 0, 0, 0)
-
-
-def _shared_pixels(
-    a: np.ndarray, box_a: tuple[int, int, int, int], b: np.ndarray, box_b: tuple[int, int, int, int]
-) -> int:
-    """How many pixels two masks, bool [H, W], have in common, looked for where their boxes overlap."""
-    top, bottom = max(box_a[0], box_b[0]), min(box_a[1], box_b[1])
-    left, right = max(box_a[2], box_b[2]), min(box_a[3], box_b[3])
-    if top >= bottom or left >= right:
-        return 0
-    return int(np.count_nonzero(a[top:bottom, left:right] & b[top:bottom, left:right]))
+def _box(mask: np.ndarray) -> np.ndarray:
+    """`tight_box`, and one that overlaps no other for an empty mask."""
+    return tight_box(mask) if mask.any() else np.array([0, 0, -1, -1])
 
 
 def match_ranks(ious: np.ndarray, thresholds: Sequence[float] | np.ndarray = RECALL_THRESHOLDS) -> np.ndarray:

@@ -171,7 +171,8 @@ class _Pass(nn.Module):
 def embed_points(encoder: PromptEncoder, coords: Tensor, labels: Tensor) -> Tensor:
     """The tokens [N, T, C] that a prompt encoder gives to points, padding and corners of boxes (see `Prompts`).
 
-    Tokens of all kinds in one tensor, so that shapes do not depend on how many prompts are boxes.
+    Tokens of all kinds in one tensor, so that shapes do not depend on how many prompts are boxes. `utils/onnx.py` adds
+    the vectors label by label instead: more launches, but no product, whose weights a quantizer would round.
     """
     kinds = [encoder.not_a_point_embed, *encoder.point_embeddings]
     vectors = torch.cat([kind.get_parameter("weight") for kind in kinds])  # of the labels -1, 0, 1, 2, 3

@@ -27,6 +27,7 @@ from sam_fast.checkpoints import checkpoint_file, read_state_dict, write_tensors
 from sam_fast.modeling import Sam
 from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT, resize_absolute_positions
 from sam_fast.training.initialise import sine_positions
+from sam_fast.training.run import replace_file
 
 MAE_FORMAT = "sam_fast-mae"  # in the metadata of a checkpoint, under "format"
 
@@ -262,10 +263,7 @@ def save_mae_checkpoint(encoder: Mapping[str, Tensor], path: str | os.PathLike[s
         path: the file.
     """
     state = {name: t.detach().float().cpu().contiguous() for name, t in encoder.items() if is_pretrained(name)}
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    write_tensors(part, state, {"format": MAE_FORMAT})
-    part.replace(path)
+    replace_file(Path(path), lambda part: write_tensors(part, state, {"format": MAE_FORMAT}))
 
 
 def is_mae_checkpoint(path: str | os.PathLike[str]) -> bool:

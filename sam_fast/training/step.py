@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sam_fast.modeling import Sam
+from sam_fast.runtime.streams import upload
 from sam_fast.runtime.upscaling import upscale_by_products
 from sam_fast.training.batches import TrainingBatch
 from sam_fast.training.decoding import Prompts, TrainedDecoder
@@ -300,7 +301,7 @@ def draw_plan(batch: TrainingBatch, settings: StepSettings, rng: np.random.Gener
     every = np.broadcast_to(np.arange(K), (B, K))
     refined = np.sort(rng.permuted(every, axis=1)[:, : settings.refined], axis=1)
     device = batch.images.device
-    return StepPlan(_to_device(boxed, device), _to_device(refined, device), passes)
+    return StepPlan(upload(boxed, device), upload(refined, device), passes)
 
 
 def _first_prompts(batch: TrainingBatch, images: slice, boxed: Tensor) -> _Objects:
@@ -328,11 +329,6 @@ def _images_together(batch: TrainingBatch, embeddings: Tensor) -> int:
     if embeddings.device.type == "cpu":
         return 1
     return max(1, _TOGETHER // (batch.targets.shape[1] * embeddings[0, 0].numel()))
-
-
-def _to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """The same values as a tensor, without waiting for the device."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
