@@ -40,12 +40,13 @@ def unavailable_reason(operation: str, backend: str, device_type: str) -> str | 
     if backend == "native":
         return native.unavailable_reason or (native.cuda_unavailable_reason() if device_type == "cuda" else None)
     if backend == "triton":
-        return _triton_unavailable_reason(device_type)
+        return triton_unavailable_reason(device_type)
     return None
 
 
 @cache
-def _triton_unavailable_reason(device_type: str) -> str | None:
+def triton_unavailable_reason(device_type: str) -> str | None:
+    """Why Triton kernels cannot run on tensors of `device_type`, or None if they can."""
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return "triton kernels run on CUDA tensors (TRITON_INTERPRET=1 interprets them on a CPU, for tests)"
     try:

@@ -18,6 +18,7 @@ from sam_fast.training.batches import TrainingBatch
 from sam_fast.training.decoding import Prompts, TrainedDecoder
 from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
+from sam_fast.training.rows import fast_rows
 
 _ANCHORS = 48  # pixels of an image that others are compared with
 _TOGETHER = 64 * 64 * 64  # tokens of the embeddings of all prompts that pass the decoder at once on a GPU
@@ -158,6 +159,17 @@ class InteractiveStep:
         Args:
             generator: of clicks and anchors; PyTorch's own one without it.
         """
+        with fast_rows(batch.images.device):
+            return self._follow(plan, batch, settings, generator, scale)
+
+    def _follow(
+        self,
+        plan: StepPlan,
+        batch: TrainingBatch,
+        settings: StepSettings,
+        generator: torch.Generator | None,
+        scale: float,
+    ) -> StepStatistics:
         with self._autocast(batch), torch.set_grad_enabled(self.train_encoder):
             encoded = self.model.image_encoder(self.model.preprocess(batch.images.float()))
         # In float32 under autocast too: its gradient is a sum over all prompts and passes.

@@ -261,18 +261,24 @@ def test_tokens_are_those_of_the_prompt_encoder():
 
 @pytest.mark.parametrize("clicks", [0, 1])
 def test_half_precision_changes_the_gradient_a_little(clicks, monkeypatch):
-    """Most of the difference is another best one of three masks. Clicks, which could tip too, are the same here."""
+    """Most of the difference is another best one of three masks, which a processor's way to round may tip: the mean of
+    several draws. Clicks, which could tip too, are the same here.
+    """
     model, batch, settings = tiny_sam(), batch_of(), StepSettings(clicks=clicks)
     places = torch.arange(6)[:, None] * torch.tensor([[7.0, 9.0]])
     clicked = lambda logits, *_: (places[: len(logits)], torch.ones(len(logits), dtype=torch.int64))  # noqa: E731
     monkeypatch.setattr("sam_fast.training.step.error_clicks", clicked)
-    found = {}
-    for half in (None, torch.bfloat16):
-        model.train().zero_grad()
-        InteractiveStep(model, train_encoder=True, half=half)(batch, settings, np.random.default_rng(0))
-        found[half] = gradients(model)
-    assert found[None].keys() == found[torch.bfloat16].keys()
-    assert 1e-4 < error_of(found[torch.bfloat16], found[None]) < 0.15
+    errors = []
+    for seed in range(5):
+        found = {}
+        for half in (None, torch.bfloat16):
+            model.train().zero_grad()
+            InteractiveStep(model, train_encoder=True, half=half)(batch, settings, np.random.default_rng(seed))
+            found[half] = gradients(model)
+        assert found[None].keys() == found[torch.bfloat16].keys()
+        errors.append(error_of(found[torch.bfloat16], found[None]))
+    assert min(errors) > 1e-4
+    assert np.mean(errors) < 0.15, errors
 
 
 def test_half_precision_reads_the_weights_of_each_step():

@@ -1,0 +1,173 @@
+"""Layers of training by kernels made for their gradients, on GPUs: `FastRows`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from sam_fast.ops.backend import triton_unavailable_reason
+
+_FEWEST = 1024  # rows whose sum PyTorch's kernel takes long to make
+_MANY = 64  # pixels: a tile of PyTorch's attention
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def fast_rows(device: torch.device) -> AbstractContextManager[object]:
+    """`FastRows`, where Triton's kernels can run."""
+    usable = device.type == "cuda" and triton_unavailable_reason("cuda") is None
+    return FastRows() if usable else nullcontext()
+
+
+class FastRows(TorchFunctionMode):
+    """Within it, layers run by kernels that are quick to differentiate; results are PyTorch's, up to rounding.
+
+    Of `F.layer_norm` and `F.linear` those of `kernels/training_rows.py`; of `F.scaled_dot_product_attention` between
+    few tokens and many pixels, in half precision, those of `kernels/few_tokens_attention.py`.
+
+    What LayerNorm returns under autocast is in autocast's format, to which most of what reads it would round it anyway.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.layer_norm:
+            return _layer_norm(*args, **(kwargs or {}))
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
+            return _attention(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    if len(shape) != 1 or weight is None or bias is None or not x.is_floating_point():
+        return F.layer_norm(x, shape, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps, _autocast_format(x) or x.dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is None or x.dim() < 2 or x.shape[:-1].numel() < _FEWEST:
+        return F.linear(x, weight, bias)
+    half = _autocast_format(x)
+    if half is not None:
+        x, weight = x.to(half), weight.to(half)
+    return _Linear.apply(x, weight, bias)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of q [N, heads, Tq, d] to k, v [N, heads, Tk, d]."""
+    from sam_fast.kernels.few_tokens_attention import CHANNELS, MOST_TOKENS
+
+    few, many = sorted((q.shape[2], k.shape[2]))
+    fits = few <= MOST_TOKENS and many >= _MANY and q.shape[3] in CHANNELS and len({x.dtype for x in (q, k, v)}) == 1
+    if not (fits and q.dtype in _HALVES):
+        return F.scaled_dot_product_attention(q, k, v)
+    function = _Read if q.shape[2] == few else _Write
+    return function.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _autocast_format(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        from sam_fast.kernels.training_rows import normalise
+
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.empty_like(rows, dtype=dtype)
+        normalise(y, rows, weight, bias, eps)
+        ctx.save_for_backward(rows, weight)
+        ctx.eps = eps
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        from sam_fast.kernels.training_rows import normalise_gradients
+
+        rows, weight = ctx.saved_tensors
+        grad_x = torch.empty_like(rows)
+        found = normalise_gradients(grad_x, grad_y.reshape(rows.shape).contiguous(), rows, weight, ctx.eps)
+        grad_weight, grad_bias = found.to(weight.dtype)
+        return grad_x.view(grad_y.shape), grad_weight, grad_bias, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dtype = bias.dtype  # type: ignore[attr-defined]
+        return F.linear(x, weight, bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        from sam_fast.kernels.training_rows import column_sums
+
+        x, weight = ctx.saved_tensors
+        rows = grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
+        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        grad_bias = column_sums(rows).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias
+
+
+class _Read(torch.autograd.Function):
+    """Attention of q [N, T, heads, d] to k, v [N, P, heads, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from sam_fast.kernels.few_tokens_attention import MOST_TOKENS, read
+
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        output = torch.empty_like(q)
+        sums = q.new_empty(q.shape[0], q.shape[2], MOST_TOKENS, dtype=torch.float32)
+        read(output, sums, q, k, v)
+        ctx.save_for_backward(output, sums, q, k, v)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        from sam_fast.kernels.few_tokens_attention import read_gradients
+
+        output, sums, q, k, v = ctx.saved_tensors
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        read_gradients(grads, grad_output.contiguous(), output, sums, q, k, v)
+        return grads
+
+
+class _Write(torch.autograd.Function):
+    """Attention of q [N, P, heads, d] to k, v [N, T, heads, d]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from sam_fast.kernels.few_tokens_attention import write
+
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        output = torch.empty_like(q)
+        write(output, q, k, v)
+        ctx.save_for_backward(q, k, v)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        from sam_fast.kernels.few_tokens_attention import write_gradients
+
+        q, k, v = ctx.saved_tensors
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        write_gradients(grads, grad_output.contiguous(), q, k, v)
+        return grads

@@ -1,0 +1,131 @@
+"""LayerNorm and linear layers of training: Triton kernels, interpreted where there is no GPU, against float64."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from oracle import relative_error
+from rectangles import batch_of, error_of, gradients, tiny_sam
+from sam_fast.kernels.training_rows import column_sums
+from torch import Tensor
+from torch.nn import functional as F
+
+from sam_fast.training import rows as module
+from sam_fast.training import step
+from sam_fast.training.rows import FastRows, fast_rows
+from sam_fast.training.step import InteractiveStep, StepSettings
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Results are rounded once; in bfloat16 by half of their last place, 2^-9.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+
+def results(function, *inputs: Tensor) -> list[Tensor]:
+    """What a function makes of float64 or other inputs, and their gradients for one and the same random gradient."""
+    y = function(*inputs)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.device, y.dtype))]
+
+
+def check(function, inputs: list[Tensor], tolerance: float) -> None:
+    expected = results(function, *(x.detach().double().requires_grad_() for x in inputs))
+    with FastRows():
+        found = results(function, *inputs)
+    assert [y.dtype for y in found[1:]] == [x.dtype for x in inputs]
+    for name, one, other in zip(("result", "first", "second", "third"), found, expected, strict=True):
+        assert relative_error(one.double(), other) <= tolerance, name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 100), (3000, 4), (5, 1280)], ids=str)
+def test_layer_norm(shape, dtype):
+    x = random(*shape, dtype=dtype)
+    weight, bias = random(shape[-1], dtype=dtype), random(shape[-1] + 1, dtype=dtype)[1:]
+    check(lambda x, w, b: F.layer_norm(x, shape[-1:], w, b, 1e-5), [x, weight, bias], TOLERANCE[dtype])
+
+
+def test_layer_norm_of_channels_that_do_not_lie_together():
+    x, weight, bias = random(2, 16, 5, 7), random(16), random(17)[1:]
+    check(
+        lambda x, w, b: F.layer_norm(x.movedim(1, -1), (16,), w, b).movedim(-1, 1),
+        [x, weight, bias],
+        TOLERANCE[torch.float32],
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(2, 700, 24), (1200, 32)], ids=str)
+def test_linear(shape, dtype):
+    x, weight, bias = random(*shape, dtype=dtype), random(40, shape[-1], dtype=dtype), random(40, dtype=dtype)
+    assert x[..., 0].numel() >= module._FEWEST
+    check(lambda x, w, b: F.linear(x, w, b), [x, weight, bias], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("tokens, pixels, channels", [(7, 64, 16), (16, 200, 32), (2, 1000, 64)])
+@pytest.mark.parametrize("way", ["read", "write"])
+def test_attention(way, tokens, pixels, channels, dtype, monkeypatch):
+    monkeypatch.setattr(module, "_HALVES", tuple(TOLERANCE))
+    lengths = (tokens, pixels, pixels) if way == "read" else (pixels, tokens, tokens)
+    q, k, v = (random(2, length, 3 * channels, dtype=dtype) for length in lengths)
+
+    def attention(q, k, v):
+        q, k, v = (x.unflatten(2, (3, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    check(attention, [2 * q, k, v], 4 * TOLERANCE[dtype])  # weights and their gradients are rounded, too
+
+
+def test_what_is_left_to_pytorch(monkeypatch):
+    for name in ("_LayerNorm", "_Linear", "_Read", "_Write"):
+        monkeypatch.delattr(module, name)
+    x, weight = random(2000, 6), random(6, 6)
+    with FastRows():
+        assert torch.equal(F.linear(x, weight), x @ weight.T)
+        assert F.linear(x[:5], weight, weight[0]).shape == (5, 6)
+        assert F.layer_norm(x, (6,)).shape == x.shape
+        assert F.layer_norm(x.view(-1, 2, 3), (2, 3), weight[:2, :3], weight[:2, 3:]).shape == (2000, 2, 3)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (17, 300), (40_000, 3)])
+def test_column_sums(rows, columns):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+    torch.testing.assert_close(column_sums(x).double(), x.double().sum(0), rtol=1e-5, atol=1e-3)
+
+
+def test_weights_that_get_no_gradient():
+    x, weight, bias = random(1500, 8), random(8, 8).detach(), random(8).detach()
+    with FastRows():
+        y = F.layer_norm(F.linear(x, weight, bias), (8,), bias, bias)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_step_has_the_gradients_that_it_had(half, monkeypatch):
+    model = tiny_sam().to(DEVICE).train()
+    batch, settings = batch_of().to(DEVICE), StepSettings(clicks=1, refined=1, grouping=0.3)
+    for limit in ("_FEWEST", "_MANY"):
+        monkeypatch.setattr(module, limit, 1)
+    found = []
+    for mode in (nullcontext(), FastRows()):
+        monkeypatch.setattr(step, "fast_rows", lambda device, mode=mode: mode)
+        model.zero_grad()
+        InteractiveStep(model, train_encoder=True, half=half)(batch, settings, np.random.default_rng(0))
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    assert error_of(*found) < (1e-4 if half is None else 0.15)
+
+
+def test_only_where_kernels_run():
+    assert not isinstance(fast_rows(torch.device("cpu")), FastRows)
+    if DEVICE.type == "cuda":
+        assert isinstance(fast_rows(DEVICE), FastRows)
