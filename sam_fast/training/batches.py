@@ -225,31 +225,29 @@ def prepare(
         None if no object of the sample covers `smallest` pixels at the resolution of the logits.
     """
     flip = augmentation.flip and rng.random() < 0.5
-    image, masks = _fit(sample.image, sample.masks, side, rng.uniform(*augmentation.jitter), flip, rng)
-    height, width = image.shape[:2]
-    targets = low_resolution(masks, scale)
-    usable = np.flatnonzero(targets.sum((1, 2)) >= smallest)
+    window = _draw_window(sample.image.shape[:2], side, rng.uniform(*augmentation.jitter), flip, rng)
+    height, width = len(window.rows), len(window.columns)
+    counts = _count_pixels(sample.masks, window.rows, window.columns, side, scale)
+    targets = _majority(counts, scale)
+    usable = np.flatnonzero([np.count_nonzero(target) >= smallest for target in targets])
     if len(usable) == 0:
         return None
     rounds = -(-prompts // len(usable))
     chosen = np.concatenate([rng.permutation(usable) for _ in range(rounds)])[:prompts]
+    points, tight = _points_and_boxes(sample.masks, counts, window, scale, chosen, rng)
+    boxes = noised_boxes(tight, side, rng)
     pixels = np.zeros((3, side, side), np.uint8)
-    pixels[:, :height, :width] = image.transpose(2, 0, 1)
-    points = np.stack([random_point(masks[i], rng) for i in chosen])
-    tight = np.zeros((len(masks), 4), np.float32)
-    tight[usable] = mask_boxes(masks[usable])
-    boxes = noised_boxes(tight[chosen], side, rng)
+    shown = window.cut_image(sample.image)
+    for channel, plane in enumerate(pixels):  # faster than all at once
+        plane[:height, :width] = shown[..., channel]
     regions = number_regions(targets, (-(-height // scale), -(-width // scale)))
     return pixels, np.array([height, width]), targets[chosen], points, boxes, regions
 
 
 def low_resolution(masks: np.ndarray, scale: int = 4) -> np.ndarray:
     """Masks bool [N, S, S] at the resolution of the logits, [N, S/scale, S/scale]: set where half of the pixels are."""
-    N, H, W = masks.shape
-    # Rows first: they are long, and adding them up is many times faster than sums of `scale` neighbours.
-    rows = masks.view(np.uint8).reshape(N, H // scale, scale, W).sum(2, dtype=np.uint16)
-    counts = sum(rows[..., column::scale] for column in range(scale))
-    return 2 * counts >= scale * scale
+    everything = np.arange(masks.shape[1])
+    return _majority(_count_pixels(masks, everything, everything, len(everything), scale), scale)
 
 
 def number_regions(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -262,38 +260,136 @@ def number_regions(targets: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Returns:
         int64 [s, s]; the same number where pixels lie in the same masks, -1 in the padding.
     """
+    flat = targets.reshape(len(targets), -1)
+    # Sorting is slow: only the pixels where a mask begins or ends are numbered, and others are as those before them.
+    starts = np.flatnonzero(np.append(True, (flat[:, 1:] != flat[:, :-1]).any(0)))
     code = np.random.default_rng(0).integers(1, 2**40, len(targets))  # sums of different sets of masks differ
-    regions = np.unique(np.tensordot(code, targets, 1), return_inverse=True)[1].reshape(targets.shape[1:])
+    numbers = np.unique(code @ flat[:, starts], return_inverse=True)[1]
+    regions = np.repeat(numbers, np.diff(starts, append=flat.shape[1])).reshape(targets.shape[1:])
     regions[size[0] :], regions[:, size[1] :] = -1, -1
     return regions.astype(np.int64)
 
 
-def _fit(
-    image: np.ndarray, masks: np.ndarray, side: int, factor: float, flip: bool, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resize so that the longest side is `factor` * `side`, and cut a random window of at most `side` squared.
+@dataclass(frozen=True)
+class _Window:
+    """What is seen of a sample: a window of its image, resized and maybe mirrored.
 
-    Only the window is computed: the image by bilinear interpolation, masks by their nearest pixels.
-
-    Returns:
-        the window of the image, [h, w, 3], and the masks padded to [N, side, side]; mirrored if `flip` says so.
+    Attributes:
+        rows, columns: int [h] and [w], the row or column of the sample that is nearest to each of the window.
+        box: (left, top, right, bottom) of the window in pixels of the sample.
+        resized: whether the window has other pixels than the sample.
+        flip: whether it is mirrored; `columns` are.
     """
-    height, width = image.shape[:2]
+
+    rows: np.ndarray
+    columns: np.ndarray
+    box: tuple[float, float, float, float]
+    resized: bool
+    flip: bool
+
+    def cut_image(self, image: np.ndarray) -> np.ndarray:
+        """The window of an image, uint8 [H, W, 3], by bilinear interpolation: [h, w, 3]."""
+        if self.resized:
+            size = len(self.columns), len(self.rows)
+            window = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR, box=self.box))
+        else:
+            left, top, right, bottom = map(int, self.box)
+            window = image[top:bottom, left:right]
+        return window[:, ::-1] if self.flip else window
+
+    def cut_mask(self, mask: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """What `rows` and `columns` of the window show of a mask, bool [H, W], by its nearest pixels."""
+        y, x = self.rows[rows], self.columns[columns]
+        if self.resized:
+            return mask.take(y, 0).take(x, 1)
+        window = mask[y[0] : y[-1] + 1, x.min() : x.max() + 1]  # the same as a view, without a copy
+        return window[:, ::-1] if self.flip else window
+
+
+def _draw_window(shape: tuple[int, ...], side: int, factor: float, flip: bool, rng: np.random.Generator) -> _Window:
+    """Resize so that the longest side is `factor` * `side`, and draw a window of at most `side` squared.
+
+    Args:
+        shape: (H, W) of the sample.
+        side: of the model input.
+        factor: by which the longest side of the image is longer than that.
+        flip: whether to mirror the window.
+        rng: draws where it lies.
+    """
+    height, width = shape
     scale = factor * side / max(height, width)
     size = np.array([max(1, round(height * scale)), max(1, round(width * scale))])
     h, w = np.minimum(size, side)
     y, x = (int(rng.integers(slack + 1)) for slack in size - (h, w))
     steps = (height, width) / size
-    window = Image.fromarray(image)
-    if tuple(size) == (height, width):
-        window = window.crop((x, y, x + w, y + h))
-    else:
-        box = (x * steps[1], y * steps[0], (x + w) * steps[1], (y + h) * steps[0])
-        window = window.resize((w, h), Image.Resampling.BILINEAR, box=box)
     rows = ((y + np.arange(h) + 0.5) * steps[0]).astype(int)
     columns = ((x + np.arange(w) + 0.5) * steps[1]).astype(int)
-    pixels, step = np.asarray(window), -1 if flip else 1
-    cut = np.zeros((len(masks), side, side), bool)
-    for own, mask in zip(cut, masks, strict=True):
-        own[:h, :w] = mask[rows][:, columns[::step]]
-    return pixels[:, ::step], cut
+    box = (x * steps[1], y * steps[0], (x + w) * steps[1], (y + h) * steps[0])
+    return _Window(rows, columns[::-1] if flip else columns, box, tuple(size) != shape, flip)
+
+
+def _count_pixels(masks: np.ndarray, rows: np.ndarray, columns: np.ndarray, side: int, scale: int) -> np.ndarray:
+    """How many of its scale * scale pixels each mask has in each pixel of the logits.
+
+    Masks are not brought to `side` first: most of what would be written and read again is empty.
+
+    Args:
+        masks: bool [N, H, W].
+        rows, columns: int [h] and [w], the ones of `masks` that are seen; what is missing to `side` is padding.
+
+    Returns:
+        [N, side/scale, side/scale], of the smallest unsigned type that holds scale * scale.
+    """
+    cells, pixels = side // scale, masks.view(np.uint8)
+    counts = np.zeros((len(masks), cells, cells), np.min_scalar_type(scale * scale))
+    # Most masks are empty in most rows: only those that are not are gathered, uppermost first.
+    occupied = np.logical_or.reduceat(_occupied_rows(masks)[:, rows], np.arange(0, len(rows), scale), axis=1)
+    cell, mask = np.nonzero(occupied.T)
+    lines = np.zeros((len(cell), masks.shape[2]), counts.dtype)
+    for first in range(scale):
+        part = rows[first::scale]
+        some = np.searchsorted(cell, len(part))  # the lowest may have fewer rows
+        lines[:some] += pixels[mask[:some], part[cell[:some]]]
+    sums = np.zeros((len(cell), cells), counts.dtype)
+    for first in range(scale):
+        part = columns[first::scale]
+        sums[:, : len(part)] += lines.take(part, 1)
+    counts[mask, cell] = sums
+    return counts
+
+
+def _occupied_rows(masks: np.ndarray) -> np.ndarray:
+    """Which rows of masks, bool [N, H, W], have a pixel: bool [N, H]."""
+    if masks.flags.c_contiguous and masks.shape[2] % 8 == 0:
+        masks = masks.view(np.uint64)  # the same in half of the time
+    return np.bitwise_or.reduce(masks, axis=2) > 0
+
+
+def _majority(counts: np.ndarray, scale: int) -> np.ndarray:
+    """Where at least half of the scale * scale pixels are set."""
+    return counts >= -(-scale * scale // 2)
+
+
+def _points_and_boxes(
+    masks: np.ndarray, counts: np.ndarray, window: _Window, scale: int, chosen: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A random point of each chosen mask, and its tight box, in the frame of a window.
+
+    Args:
+        masks: bool [N, H, W].
+        counts: [N, s, s], see `_count_pixels`.
+        chosen: int [K], which of the masks; each has pixels in the window.
+
+    Returns:
+        float32 [K, 2], (x, y), and float32 [K, 4], XYXY.
+    """
+    distinct, places = np.unique(chosen, return_inverse=True)
+    # In whole pixels of the logits; only what lies in these boxes has to be cut out of the masks.
+    outer = mask_boxes(counts[distinct] > 0).astype(int) * scale
+    crops = []
+    for mask, (left, top, right, bottom) in zip(distinct.tolist(), outer.tolist(), strict=True):
+        crops.append(window.cut_mask(masks[mask], slice(top, bottom + scale), slice(left, right + scale)))
+    corners = np.tile(outer[:, :2], 2).astype(np.float32)
+    points = np.stack([random_point(crops[place], rng) for place in places]) + corners[places, :2]
+    boxes = np.concatenate([mask_boxes(crop[None]) for crop in crops]) + corners
+    return points, boxes[places]

@@ -20,6 +20,7 @@ from sam_fast.training.batches import (
     number_regions,
     prepare,
 )
+from sam_fast.training.prompts import mask_boxes, random_point
 
 
 def make(source=None, **changes) -> TrainingBatches:
@@ -159,6 +160,10 @@ def test_jitter_scales_and_cuts(factor):
     assert prepared[1].tolist() == [min(64, 32 * factor), min(64, 64 * factor)]
 
 
+def whole_masks(window, masks: np.ndarray) -> np.ndarray:
+    return np.stack([window.cut_mask(mask, slice(None), slice(None)) for mask in masks])
+
+
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.7, 2.5])
 def test_the_window_is_that_of_the_resized_image(factor, flip):
@@ -166,21 +171,46 @@ def test_the_window_is_that_of_the_resized_image(factor, flip):
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (45, 77, 3), np.uint8)
     masks = rng.random((3, 45, 77)) < 0.5
-    window, cut = batches._fit(image, masks, 64, factor, flip, rng)
+    drawn = batches._draw_window(image.shape[:2], 64, factor, flip, rng)
+    window, cut = drawn.cut_image(image), whole_masks(drawn, masks)
     h, w = window.shape[:2]
-    assert cut.shape == (3, 64, 64) and not cut[:, h:].any() and not cut[:, :, w:].any()
+    assert cut.shape == (3, h, w)
     size = round(64 * factor), round(45 * 64 * factor / 77)
     whole = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)).astype(int)
     resized = np.stack([np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in masks])
     assert (h, w) == tuple(np.minimum(whole.shape[:2], 64))
     if flip:
-        window, cut = window[:, ::-1], cut[:, :, :w][:, :, ::-1]
+        window, cut = window[:, ::-1], cut[:, :, ::-1]
     found = []
     for y in range(whole.shape[0] - h + 1):
         for x in range(whole.shape[1] - w + 1):
-            if np.array_equal(cut[:, :h, :w], resized[:, y : y + h, x : x + w]):
+            if np.array_equal(cut, resized[:, y : y + h, x : x + w]):
                 found.append(np.abs(window - whole[y : y + h, x : x + w]).max())
     assert len(found) == 1 and found[0] <= 1, "rounding"
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 16])
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("height", "width", "factor"), [(64, 64, 1.0), (45, 77, 0.7), (45, 64, 1.0), (80, 61, 1.6)])
+def test_targets_points_and_boxes_are_those_of_the_whole_window(height, width, factor, flip, scale):
+    """They are computed of parts of the masks; here of all of the window."""
+    rng = np.random.default_rng(2)
+    masks = np.zeros((9, height, width), bool)
+    for mask in masks:
+        top, left = rng.integers(height // 2), rng.integers(width // 2)
+        mask[top : top + 30, left : left + 30] = rng.random(mask[top : top + 30, left : left + 30].shape) < rng.random()
+    for given in (masks, np.asfortranarray(masks)):
+        window = batches._draw_window((height, width), 64, factor, flip, rng)
+        counts = batches._count_pixels(given, window.rows, window.columns, 64, scale)
+        padded = np.zeros((9, 64, 64), bool)
+        padded[:, : len(window.rows), : len(window.columns)] = whole_masks(window, masks)
+        cells = padded.reshape(9, 64 // scale, scale, 64 // scale, scale)
+        assert np.array_equal(counts, cells.sum((2, 4)))
+        chosen = rng.permutation(np.repeat(np.flatnonzero(padded.any((1, 2))), 2))
+        found = batches._points_and_boxes(given, counts, window, scale, chosen, np.random.default_rng(3))
+        again = np.random.default_rng(3)
+        assert np.array_equal(found[0], [random_point(padded[i], again) for i in chosen])
+        assert np.array_equal(found[1], mask_boxes(padded[chosen]))
 
 
 def test_samples_without_objects_are_replaced():
