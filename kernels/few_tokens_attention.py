@@ -8,7 +8,7 @@ PyTorch's take, softmax and sums are float32.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,8 +18,6 @@ from torch import Tensor
 
 MOST_TOKENS = 16
 CHANNELS = (16, 32, 64)  # of a head
-_READ = {"pixels": 64, "num_warps": 1}
-_WRITE = {"pixels": 128, "num_warps": 4}
 
 
 def read(output: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -31,7 +29,7 @@ def read(output: Tensor, sums: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         k, v: [N, P, heads, d], contiguous.
     """
     arguments = output, sums, q, k, v, q.shape[1], k.shape[1], _scale(q)
-    read_kernel[_grid(q)](*arguments, **_launch(q, **_READ))
+    read_kernel[_grid(q)](*arguments, **_arguments(q, read_launch()))
 
 
 def read_gradients(
@@ -40,7 +38,7 @@ def read_gradients(
     """Write the gradients of `read` with respect to q, k and v to `grads`, shaped as these are."""
     q, k, _ = qkv
     arguments = *grads, grad_output, output, sums, *qkv, q.shape[1], k.shape[1], _scale(q)
-    read_gradients_kernel[_grid(q)](*arguments, **_launch(q, **_READ))
+    read_gradients_kernel[_grid(q)](*arguments, **_arguments(q, read_launch()))
 
 
 def write(output: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -51,14 +49,14 @@ def write(output: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         k, v: [N, T, heads, d], contiguous.
     """
     arguments = output, q, k, v, k.shape[1], q.shape[1], _scale(q)
-    write_kernel[_grid(q)](*arguments, **_launch(q, **_WRITE))
+    write_kernel[_grid(q)](*arguments, **_arguments(q, write_launch()))
 
 
 def write_gradients(grads: tuple[Tensor, Tensor, Tensor], grad_output: Tensor, *qkv: Tensor) -> None:
     """Write the gradients of `write` with respect to q, k and v to `grads`, shaped as these are."""
     q, k, _ = qkv
     arguments = *grads, grad_output, *qkv, k.shape[1], q.shape[1], _scale(q)
-    write_gradients_kernel[_grid(q)](*arguments, **_launch(q, **_WRITE))
+    write_gradients_kernel[_grid(q)](*arguments, **_arguments(q, write_launch()))
 
 
 def _grid(q: Tensor) -> tuple[int]:
@@ -69,12 +67,27 @@ def _scale(q: Tensor) -> float:
     return q.shape[3] ** -0.5
 
 
-def _launch(q: Tensor, pixels: int, num_warps: int) -> dict[str, Any]:
-    return {**_constants(q.shape[2], q.shape[3], pixels), "num_warps": num_warps}
+class Launch(NamedTuple):
+    """How a kernel is launched: the pixels of a tile, and the warps that share it."""
+
+    pixels: int
+    warps: int
 
 
-def _constants(heads: int, d: int, pixels: int) -> dict[str, Any]:
-    return {"HEADS": heads, "D": d, "TOKENS": MOST_TOKENS, "PIXELS": pixels}
+def read_launch() -> Launch:
+    return Launch(64, 2)
+
+
+def write_launch() -> Launch:
+    return Launch(64, 2)
+
+
+def _arguments(q: Tensor, launch: Launch) -> dict[str, Any]:
+    return {**_constants(q.shape[2], q.shape[3], launch), "num_warps": launch.warps}
+
+
+def _constants(heads: int, d: int, launch: Launch) -> dict[str, Any]:
+    return {"HEADS": heads, "D": d, "TOKENS": MOST_TOKENS, "PIXELS": launch.pixels}
 
 
 @triton.jit
@@ -249,10 +262,10 @@ def variants(architecture: int) -> Iterator[Variant]:
     qkv = dict.fromkeys(("q", "k", "v"), kind)
     grads = dict.fromkeys(("grad_q", "grad_k", "grad_v", "grad_output"), kind)
     for kernel, launch, tensors in (
-        (read_kernel, _READ, {"output": kind, "sums": "*fp32:16", **qkv}),
-        (read_gradients_kernel, _READ, {**grads, "output": kind, "sums": "*fp32:16", **qkv}),
-        (write_kernel, _WRITE, {"output": kind, **qkv}),
-        (write_gradients_kernel, _WRITE, {**grads, **qkv}),
+        (read_kernel, read_launch(), {"output": kind, "sums": "*fp32:16", **qkv}),
+        (read_gradients_kernel, read_launch(), {**grads, "output": kind, "sums": "*fp32:16", **qkv}),
+        (write_kernel, write_launch(), {"output": kind, **qkv}),
+        (write_gradients_kernel, write_launch(), {**grads, **qkv}),
     ):
-        constants = _constants(8, 16, launch["pixels"])
-        yield Variant(kernel.__name__, kernel, tensors | rest, constants, {"num_warps": launch["num_warps"]})
+        constants = _constants(8, 16, launch)
+        yield Variant(kernel.__name__, kernel, tensors | rest, constants, {"num_warps": launch.warps})

@@ -94,6 +94,20 @@ def test_rows(tmp_path):
 
 
 @INTERPRETED
+def test_gradients(tmp_path):
+    _, rows = work(tmp_path, "gradients")
+    present = ["present", "pixels 64, warps 1", "pixels 128, warps 4", "PyTorch"]
+    assert {case: list(ways) for case, ways in rows.items()} == {
+        "tokens read, 3 prompts, with gradients": present,
+        "pixels take, 3 prompts, with gradients": present,
+        "LayerNorm 3072 x 64, with gradients": ["present", "PyTorch"],
+        "LayerNorm 768 x 256, with gradients": ["present", "PyTorch"],
+        "sums of 768 x 256": ["present", "PyTorch"],
+    }
+    check_errors(rows, 0.01)
+
+
+@INTERPRETED
 def test_decoder(tmp_path, monkeypatch):
     monkeypatch.setitem(peers.CONFIGS, "narrow", replace(peers.TINY, prompt_embed_dim=64))
     chunks: list[int] = []

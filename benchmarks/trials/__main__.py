@@ -7,7 +7,8 @@ Sections:
     rows       LayerNorm and rounding to 8 bits, by launch parameters
     decoder    the image side of the decoder by launch parameters, and the whole of it by prompts at a time
     profiles   the cases of benchmarks/gpu.py, and which kernels they are made of
-    training   steps of training, whole and in parts, likewise
+    gradients  layers of training, forwards and backwards, by launch parameters, and PyTorch's
+    training   steps of training, whole and in parts, and which kernels they are made of
 Kernels run on random numbers, and each result is compared with PyTorch's in float32 before it is timed (that of
 attention's terms in the attention that takes them). PyTorch's own operations and products are timed as they are.
 
@@ -32,7 +33,7 @@ from pathlib import Path
 
 from benchmarks.gpu import ROOT, size
 
-SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles", "training")
+SECTIONS = ("ceilings", "products", "attention", "rows", "decoder", "profiles", "gradients", "training")
 FINISHED = (0, 1, 2)  # exit codes of a child that needs no other after it
 _BROKEN = 77  # that of one whose CUDA context is broken
 _GRACE = 30  # seconds for the last trial, after time is over
@@ -113,7 +114,7 @@ def work(given: argparse.Namespace, command: str) -> int:
         return 2
     from benchmarks.device_timing import provenance
     from benchmarks.gpu_sections import known_models
-    from benchmarks.trials import decoder, encoder, products, profiles, training
+    from benchmarks.trials import decoder, encoder, gradients, products, profiles, training
     from benchmarks.trials.run import BrokenContext, Run
 
     unknown = sorted(set(given.models) - set(known_models()))
@@ -143,6 +144,7 @@ def work(given: argparse.Namespace, command: str) -> int:
         "rows": encoder.try_rows,
         "decoder": decoder.try_decoder,
         "profiles": profiles.try_profiles,
+        "gradients": gradients.try_gradients,
         "training": training.try_training,
     }
     for section in given.sections:

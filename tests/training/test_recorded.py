@@ -155,10 +155,11 @@ def test_a_generator_that_was_left_recording_is_replaced(monkeypatch):
         def graphsafe_set_state(self, state):
             self.state = state
 
+    step = RecordedStep(InteractiveStep(tiny_sam(), train_encoder=True))  # its weights are drawn with real generators
     generators = Left(), Left()
     monkeypatch.setattr(torch.cuda, "default_generators", generators)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    RecordedStep(InteractiveStep(tiny_sam(), train_encoder=True))._give_up(torch.device("cuda", 1))
+    step._give_up(torch.device("cuda", 1))
     assert [one.state for one in generators] == ["recording", "at rest"]
 
 
