@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -16,7 +16,9 @@ from sam_fast.ops.backend import triton_unavailable_reason
 
 _FEWEST = 1024  # rows whose sum PyTorch's kernel takes long to make
 _MANY = 64  # pixels: a tile of PyTorch's attention
+_WIDEST = 8192  # channels of a row that a program holds
 _HALVES = (torch.bfloat16, torch.float16)
+_FORMATS = (torch.float32, *_HALVES)
 
 
 def fast_rows(device: torch.device) -> AbstractContextManager[object]:
@@ -49,13 +51,13 @@ class FastRows(TorchFunctionMode):
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    if len(shape) != 1 or weight is None or bias is None or not x.is_floating_point():
+    if weight is None or bias is None or len(shape) != 1 or shape[0] > _WIDEST or not _are_plain(x, weight, bias):
         return F.layer_norm(x, shape, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps, _autocast_format(x) or x.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if bias is None or x.dim() < 2 or x.shape[:-1].numel() < _FEWEST:
+    if bias is None or x.dim() < 2 or x.shape[:-1].numel() < _FEWEST or not _are_plain(x, weight, bias):
         return F.linear(x, weight, bias)
     half = _autocast_format(x)
     if half is not None:
@@ -68,11 +70,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from sam_fast.kernels.few_tokens_attention import CHANNELS, MOST_TOKENS
 
     few, many = sorted((q.shape[2], k.shape[2]))
-    fits = few <= MOST_TOKENS and many >= _MANY and q.shape[3] in CHANNELS and len({x.dtype for x in (q, k, v)}) == 1
-    if not (fits and q.dtype in _HALVES):
+    fits = few <= MOST_TOKENS and many >= _MANY and q.shape[3] in CHANNELS
+    if not (fits and q.dtype in _HALVES and q.dtype == k.dtype == v.dtype and _are_plain(q, k, v)):
         return F.scaled_dot_product_attention(q, k, v)
     function = _Read if q.shape[2] == few else _Write
     return function.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def _are_plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors of a format that the kernels read, and of no subclass with ways of its own."""
+    return all(type(x) in (Tensor, nn.Parameter) and x.dtype in _FORMATS for x in tensors)
 
 
 def _autocast_format(x: Tensor) -> torch.dtype | None:

@@ -93,6 +93,14 @@ def test_what_is_left_to_pytorch(monkeypatch):
         assert F.linear(x[:5], weight, weight[0]).shape == (5, 6)
         assert F.layer_norm(x, (6,)).shape == x.shape
         assert F.layer_norm(x.view(-1, 2, 3), (2, 3), weight[:2, :3], weight[:2, 3:]).shape == (2000, 2, 3)
+        wide = x.double(), weight.double()
+        assert F.layer_norm(F.linear(*wide, wide[1][0]), (6,), *wide[1][:2]).dtype == torch.float64
+
+        class Own(Tensor):
+            """Such as a library for quantised weights has."""
+
+        own = weight.detach().as_subclass(Own)
+        assert F.linear(x, own, own[0]).shape == x.shape and F.layer_norm(x, (6,), own[0], own[1]).shape == x.shape
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (17, 300), (40_000, 3)])
