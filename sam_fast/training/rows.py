@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -34,11 +34,16 @@ class FastRows(TorchFunctionMode):
     few tokens and many pixels, in half precision, those of `kernels/few_tokens_attention.py`.
 
     What LayerNorm returns under autocast is in autocast's format, to which most of what reads it would round it anyway.
+
+    Where modules are compiled, transformed (`torch.func`) or checkpointed, whose activations are computed again outside
+    of this mode, layers are PyTorch's.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         if func is F.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
         if func is F.linear:
@@ -51,26 +56,35 @@ class FastRows(TorchFunctionMode):
 def _layer_norm(
     x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    if weight is None or bias is None or len(shape) != 1 or shape[0] > _WIDEST or not _are_plain(x, weight, bias):
+    if (
+        weight is None
+        or bias is None
+        or not x.shape[-1:] == tuple(shape) == weight.shape == bias.shape
+        or not 0 < shape[0] <= _WIDEST
+        or not _are_plain(x, weight, bias)
+    ):
         return F.layer_norm(x, shape, weight, bias, eps)
     return _LayerNorm.apply(x, weight, bias, eps, _autocast_format(x) or x.dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if bias is None or x.dim() < 2 or x.shape[:-1].numel() < _FEWEST or not _are_plain(x, weight, bias):
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` with its names of arguments."""
+    x, fits = input, input.dim() > 1 and weight.dim() == 2 and input.shape[:-1].numel() >= _FEWEST
+    if bias is None or not fits or not _are_plain(x, weight, bias):
         return F.linear(x, weight, bias)
     half = _autocast_format(x)
     if half is not None:
         x, weight = x.to(half), weight.to(half)
-    return _Linear.apply(x, weight, bias)
+    return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of q [N, heads, Tq, d] to k, v [N, heads, Tk, d]."""
     from sam_fast.kernels.few_tokens_attention import CHANNELS, MOST_TOKENS
 
-    few, many = sorted((q.shape[2], k.shape[2]))
-    fits = few <= MOST_TOKENS and many >= _MANY and q.shape[3] in CHANNELS
+    alike = q.dim() == k.dim() == 4 and k.shape == v.shape and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
+    few, many = sorted((q.shape[-2], k.shape[-2]))
+    fits = alike and 0 < few <= MOST_TOKENS and many >= _MANY and q.shape[3] in CHANNELS
     if not (fits and q.dtype in _HALVES and q.dtype == k.dtype == v.dtype and _are_plain(q, k, v)):
         return F.scaled_dot_product_attention(q, k, v)
     function = _Read if q.shape[2] == few else _Write
@@ -78,8 +92,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors of a format that the kernels read, and of no subclass with ways of its own."""
-    return all(type(x) in (Tensor, nn.Parameter) and x.dtype in _FORMATS for x in tensors)
+    """Whether the kernels may take these: of formats and on a device of theirs, with no ways of their own to compute.
+
+    Such ways have subclasses, transforms, and hooks that keep something else than what is saved for the gradient.
+    """
+    device = tensors[0].device
+    return (
+        triton_unavailable_reason(device.type) is None
+        and all(type(x) in (Tensor, nn.Parameter) and x.dtype in _FORMATS and x.device == device for x in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 def _autocast_format(x: Tensor) -> torch.dtype | None:
@@ -92,12 +115,13 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         from sam_fast.kernels.training_rows import normalise
 
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.empty_like(rows, dtype=dtype)
-        normalise(y, rows, weight, bias, eps)
+        rows, weight = x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous()
+        y = torch.empty(x.shape, dtype=dtype, device=x.device)  # a view of rows could not be changed in place
+        with torch.cuda.device_of(x):
+            normalise(y.view(rows.shape), rows, weight, bias.contiguous(), eps)
         ctx.save_for_backward(rows, weight)
         ctx.eps = eps
-        return y.view(x.shape)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -112,10 +136,12 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
+    """Of x [rows, C], as no view of what `F.linear` makes of more dimensions could be changed in place."""
+
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.dtype = bias.dtype  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.dtype = bias.dtype
         return F.linear(x, weight, bias.to(x.dtype))
 
     @staticmethod
@@ -124,10 +150,10 @@ class _Linear(torch.autograd.Function):
         from sam_fast.kernels.training_rows import column_sums
 
         x, weight = ctx.saved_tensors
-        rows = grad_y.reshape(-1, grad_y.shape[-1]).contiguous()
-        grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
-        grad_bias = column_sums(rows).to(ctx.dtype) if ctx.needs_input_grad[2] else None
+        grad_y = grad_y.contiguous()
+        grad_x = grad_y @ weight if ctx.needs_input_grad[0] else None
+        grad_weight = grad_y.t() @ x if ctx.needs_input_grad[1] else None
+        grad_bias = column_sums(grad_y).to(ctx.dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias
 
 
@@ -141,7 +167,8 @@ class _Read(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         output = torch.empty_like(q)
         sums = q.new_empty(q.shape[0], q.shape[2], MOST_TOKENS, dtype=torch.float32)
-        read(output, sums, q, k, v)
+        with torch.cuda.device_of(q):
+            read(output, sums, q, k, v)
         ctx.save_for_backward(output, sums, q, k, v)
         return output
 
@@ -165,7 +192,8 @@ class _Write(torch.autograd.Function):
 
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         output = torch.empty_like(q)
-        write(output, q, k, v)
+        with torch.cuda.device_of(q):
+            write(output, q, k, v)
         ctx.save_for_backward(q, k, v)
         return output
 

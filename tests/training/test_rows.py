@@ -12,6 +12,7 @@ from rectangles import batch_of, error_of, gradients, tiny_sam
 from sam_fast.kernels.training_rows import column_sums
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sam_fast.training import rows as module
 from sam_fast.training import step
@@ -103,6 +104,50 @@ def test_what_is_left_to_pytorch(monkeypatch):
         assert F.linear(x, own, own[0]).shape == x.shape and F.layer_norm(x, (6,), own[0], own[1]).shape == x.shape
 
 
+def test_what_is_left_to_pytorch_for_its_shapes_or_how_it_is_called(monkeypatch):
+    for name in ("_LayerNorm", "_Linear", "_Read", "_Write"):
+        monkeypatch.delattr(module, name)
+    x, weight = random(2000, 6), random(6, 6)
+    q, k = random(2, 3, 7, 16, dtype=torch.bfloat16), random(2, 3, 70, 16, dtype=torch.bfloat16)
+
+    def layers(x: Tensor) -> Tensor:
+        return F.layer_norm(F.linear(x, weight, weight[0]), (6,), weight[0], weight[1])
+
+    attention = F.scaled_dot_product_attention
+    unlike = [(q, k[:1], k[:1]), (q, k, k[..., :5]), (q[0, 0], k[0, 0], k[0, 0])]
+    expected = [attention(*given) for given in unlike]
+    with FastRows():
+        found = [attention(*given) for given in unlike]
+        on_meta = F.linear(*(torch.empty(shape, device="meta") for shape in ((2000, 6), (6, 6), (6,))))
+        assert attention(k, k[:, :, :0], k[:, :, :0]).isfinite().all()
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            F.layer_norm(x, (4,), weight[0, :4], weight[1, :4])
+        assert torch.vmap(layers)(x.unflatten(0, (1, -1))).shape == (1, 2000, 6)
+        compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)(x)
+        checkpoint(layers, x, use_reentrant=False).sum().backward()  # here backward computes layers again
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled, layers(x))
+    assert x.grad is not None and on_meta.shape == x.shape
+
+
+def test_arguments_by_name_and_weights_that_do_not_lie_together():
+    x, weight, others = random(1500, 8), random(8, 8), random(8, 3)
+    check(
+        lambda x, w, o: F.layer_norm(F.linear(input=x, weight=w, bias=o[:, 0]), (8,), weight=o[:, 1], bias=o[:, 2]),
+        [x, weight, others],
+        TOLERANCE[torch.float32],
+    )
+
+
+def test_results_can_be_changed_in_place():
+    x, weight, bias = random(2, 700, 8), random(8, 8), random(8)
+    check(
+        lambda x, w, b: F.layer_norm(F.linear(x, w, b).relu_(), (8,), b, b).add_(1).relu_(),
+        [x, weight, bias],
+        TOLERANCE[torch.float32],
+    )
+
+
 @pytest.mark.parametrize("rows, columns", [(1, 1), (17, 300), (40_000, 3)])
 def test_column_sums(rows, columns):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
@@ -112,7 +157,10 @@ def test_column_sums(rows, columns):
 def test_weights_that_get_no_gradient():
     x, weight, bias = random(1500, 8), random(8, 8).detach(), random(8).detach()
     with FastRows():
-        y = F.layer_norm(F.linear(x, weight, bias), (8,), bias, bias)
+        linear = F.linear(x, weight, bias)
+        y = F.layer_norm(linear, (8,), bias, bias)
+    saved = linear.grad_fn.next_functions[0][0].saved_tensors  # before the view that `linear` is
+    assert [kept is None for kept in saved] == [True, False], "activations are kept for nothing"
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.shape == x.shape
 
