@@ -36,7 +36,9 @@ def comparison(results: Sequence[Results]) -> tuple[list[str], list[tuple[str, l
     """
     if len({result.digest for result in results}) > 1:
         given = ", ".join(f"{r.method}: {_described(r)}" for r in results)
-        raise ValueError(f"these results are not about the same objects, so they cannot be compared: {given}")
+        alike = len({_described(r) for r in results}) == 1  # then images have other bytes: docs/data.md says when
+        objects = "the same objects in images of the same bytes" if alike else "the same objects"
+        raise ValueError(f"these results are not about {objects}, so they cannot be compared: {given}")
     keys = sorted({key for result in results for key in result.summary}, key=_order)
     rows = [(_label(key), [_cell(result.summary.get(key)) for result in results]) for key in keys]
     return [result.method for result in results], rows

@@ -109,5 +109,8 @@ def test_names_in_tables_are_no_markup(results: Results) -> None:
 
 
 def test_different_objects_are_not_compared(results: Results) -> None:
-    with pytest.raises(ValueError, match=r"not about the same objects.*knowing: 3 objects of 4 images"):
+    with pytest.raises(ValueError, match=r"about the same objects in images of the same bytes, .*knowing: 3 objects"):
         comparison([results, replace(results, digest="0")])
+    other = replace(results, digest="0", counts={**results.counts, "objects": 2})
+    with pytest.raises(ValueError, match=r"about the same objects, so .*knowing: 3 objects.*knowing: 2 objects"):
+        comparison([results, other])
