@@ -202,7 +202,12 @@ def export_onnx_model(
             if isinstance(module, nn.GELU):
                 module.approximate = "tanh"
     extra = ["stability_scores", "areas"] if return_extra_metrics else []
-    _write(onnx_model, Path(path), opset, ["masks", "iou_predictions", *extra, "low_res_masks"])
+    part = Path(f"{os.fspath(path)}.part")  # what is refused leaves no file, and an older one as it was
+    try:
+        _write(onnx_model, part, opset, ["masks", "iou_predictions", *extra, "low_res_masks"])
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def quantize_onnx_model(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -274,7 +279,7 @@ def _write(model: SamOnnxModel, path: Path, opset: int, output_names: list[str])
         )
     written = {entry.domain: entry.version for entry in onnx.load(str(path), load_external_data=False).opset_import}
     if written.get("") != opset:
-        raise RuntimeError(f"the installed exporter cannot write opset {opset}; {path} has opset {written.get('')}")
+        raise RuntimeError(f"the installed exporter cannot write opset {opset}; it writes opset {written.get('')}")
     onnx.checker.check_model(str(path), full_check=True)
 
 

@@ -229,6 +229,11 @@ def test_all_options_together(ours, theirs, tmp_path):
 def test_export_says_what_is_missing(ours, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="16"):
         export_onnx_model(ours, tmp_path / "old.onnx", opset=16)
+    (tmp_path / "kept.onnx").write_text("of an earlier export")
+    with pytest.raises(RuntimeError, match="cannot write opset 99"):
+        export_onnx_model(ours, tmp_path / "kept.onnx", opset=99)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.onnx"]
+    assert (tmp_path / "kept.onnx").read_text() == "of an earlier export"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         export_onnx_model(ours, tmp_path / "nowhere" / "decoder.onnx")
     find_spec = importlib.util.find_spec
