@@ -7,6 +7,7 @@ why this is not `DistributedDataParallel`: that reduces after each backward pass
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,5 +113,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), own)
+        # gloo's threads may not have let go of the last tensors. They need Python for it, which a process that ends at
+        # once takes from them ("terminate called without an active exception"): while this one waits, they have it.
+        dist.barrier()
+        time.sleep(0.05)
     finally:
         dist.destroy_process_group()
