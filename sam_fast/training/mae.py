@@ -27,7 +27,7 @@ from sam_fast.checkpoints import checkpoint_file, read_state_dict, write_tensors
 from sam_fast.modeling import Sam
 from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT, resize_absolute_positions
 from sam_fast.training.initialise import sine_positions
-from sam_fast.training.run import replace_file
+from sam_fast.utils.files import replace_file
 
 MAE_FORMAT = "sam_fast-mae"  # in the metadata of a checkpoint, under "format"
 

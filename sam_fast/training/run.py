@@ -23,6 +23,7 @@ from sam_fast.modeling.image_encoder import ImageEncoderViT
 from sam_fast.training.distributed import World
 from sam_fast.training.logs import TrainingLog
 from sam_fast.training.optim import MovingAverage, clip_gradients, learning_rate, parameter_groups
+from sam_fast.utils.files import replace_file
 
 CHECKPOINT = "last.pt"
 
@@ -307,13 +308,6 @@ class TrainingRun(ABC, Generic[Config, Batch]):
                 f"{path} is of a run with other settings ({'; '.join(different)}); continue it with the same ones, "
                 "or begin another output folder from its weights"
             )
-
-
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under another name first, so that the old one stays until the new one is whole."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
 
 
 def _said_by_a_process(text: str) -> str | None:

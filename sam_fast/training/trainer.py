@@ -20,8 +20,9 @@ from sam_fast.training.distributed import World
 from sam_fast.training.logs import draw_predictions
 from sam_fast.training.optim import set_drop_path
 from sam_fast.training.recorded import RecordedStep
-from sam_fast.training.run import TrainingRun, replace_file
+from sam_fast.training.run import TrainingRun
 from sam_fast.training.step import InteractiveStep, StepSettings, StepStatistics
+from sam_fast.utils.files import replace_file
 
 WEIGHTS = "model.safetensors"
 

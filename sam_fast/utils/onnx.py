@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_fast.modeling import Sam
+from sam_fast.utils.files import replace_file
 
 DEFAULT_OPSET = 18
 _OLDEST_OPSET = 17  # has LayerNormalization; the exporter writes 18 or newer and converts down
@@ -202,12 +203,8 @@ def export_onnx_model(
             if isinstance(module, nn.GELU):
                 module.approximate = "tanh"
     extra = ["stability_scores", "areas"] if return_extra_metrics else []
-    part = Path(f"{os.fspath(path)}.part")  # what is refused leaves no file, and an older one as it was
-    try:
-        _write(onnx_model, part, opset, ["masks", "iou_predictions", *extra, "low_res_masks"])
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    names = ["masks", "iou_predictions", *extra, "low_res_masks"]
+    replace_file(Path(path), lambda part: _write(onnx_model, part, opset, names))
 
 
 def quantize_onnx_model(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
