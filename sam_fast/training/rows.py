@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sam_fast.ops.backend import triton_unavailable_reason
+from sam_fast.training.watched import is_watched
 
 _FEWEST = 1024  # rows whose sum PyTorch's kernel takes long to make
 _MANY = 64  # pixels: a tile of PyTorch's attention
 _WIDEST = 8192  # channels of a row that a program holds
 _HALVES = (torch.bfloat16, torch.float16)
 _FORMATS = (torch.float32, *_HALVES)
-
-
-def fast_rows(device: torch.device) -> AbstractContextManager[object]:
-    """`FastRows`, where Triton's kernels can run."""
-    usable = device.type == "cuda" and triton_unavailable_reason("cuda") is None
-    return FastRows() if usable else nullcontext()
 
 
 class FastRows(TorchFunctionMode):
@@ -92,16 +86,12 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _are_plain(*tensors: Tensor) -> bool:
-    """Whether the kernels may take these: of formats and on a device of theirs, with no ways of their own to compute.
-
-    Such ways have subclasses, transforms, and hooks that keep something else than what is saved for the gradient.
-    """
+    """Whether the kernels may take these: of their formats and devices, with no ways of their own to compute."""
     device = tensors[0].device
     return (
         triton_unavailable_reason(device.type) is None
-        and all(type(x) in (Tensor, nn.Parameter) and x.dtype in _FORMATS and x.device == device for x in tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and all(x.dtype in _FORMATS and x.device == device for x in tensors)
+        and not is_watched(*tensors)
     )
 
 

@@ -16,9 +16,9 @@ from sam_fast.runtime.streams import upload
 from sam_fast.runtime.upscaling import upscale_by_products
 from sam_fast.training.batches import TrainingBatch
 from sam_fast.training.decoding import Prompts, TrainedDecoder
+from sam_fast.training.layers import fast_layers
 from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
-from sam_fast.training.rows import fast_rows
 
 _ANCHORS = 48  # pixels of an image that others are compared with
 _TOGETHER = 64 * 64 * 64  # tokens of the embeddings of all prompts that pass the decoder at once on a GPU
@@ -159,7 +159,7 @@ class InteractiveStep:
         Args:
             generator: of clicks and anchors; PyTorch's own one without it.
         """
-        with fast_rows(batch.images.device):
+        with fast_layers(batch.images.device):
             return self._follow(plan, batch, settings, generator, scale)
 
     def _follow(

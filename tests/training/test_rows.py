@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sam_fast.training import rows as module
 from sam_fast.training import step
-from sam_fast.training.rows import FastRows, fast_rows
+from sam_fast.training.layers import fast_layers
+from sam_fast.training.rows import FastRows
 from sam_fast.training.step import InteractiveStep, StepSettings
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,7 +174,7 @@ def test_a_step_has_the_gradients_that_it_had(half, monkeypatch):
         monkeypatch.setattr(module, limit, 1)
     found = []
     for mode in (nullcontext(), FastRows()):
-        monkeypatch.setattr(step, "fast_rows", lambda device, mode=mode: mode)
+        monkeypatch.setattr(step, "fast_layers", lambda device, mode=mode: mode)
         model.zero_grad()
         InteractiveStep(model, train_encoder=True, half=half)(batch, settings, np.random.default_rng(0))
         found.append(gradients(model))
@@ -182,6 +183,6 @@ def test_a_step_has_the_gradients_that_it_had(half, monkeypatch):
 
 
 def test_only_where_kernels_run():
-    assert not isinstance(fast_rows(torch.device("cpu")), FastRows)
+    assert not isinstance(fast_layers(torch.device("cpu")), FastRows)
     if DEVICE.type == "cuda":
-        assert isinstance(fast_rows(DEVICE), FastRows)
+        assert isinstance(fast_layers(DEVICE), FastRows)
