@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from sam_fast.data.draws import cumulative_shares, draw_index, pick, uniform
+from sam_fast.data.families import draw_family
 from sam_fast.data.shapes import (
     LETTERS,
     Contour,
@@ -21,7 +22,6 @@ from sam_fast.data.shapes import (
     box,
     circle,
     densify,
-    draw_family,
     ellipse,
     glyph_width,
     glyphs,
@@ -307,7 +307,7 @@ def _animal(rng: np.random.Generator, held_out: bool) -> Part:
     length = uniform(rng, 0.5, 0.8)
     body = Part(ellipse(0, 0, length, uniform(rng, 0.25, 0.45)), family="animal")
     if rng.random() < 0.4:
-        _, patch = draw_family(rng, compact=True)
+        _, patch = draw_family(rng, compact=True, common=True)
         body.parts.append(Part(_inside(patch, uniform(rng, -0.3, 0.3), 0, 0.35), color=1, clip=True))
     tall = uniform(rng, 0.4, 0.9)
     legs = []

@@ -18,6 +18,7 @@ from sam_fast.data.objects import Part, make_object
 from sam_fast.data.sample import Sample, choose_masks
 from sam_fast.data.shapes import Contour, Placement, Shape, ragged_line
 from sam_fast.data.textures import cut, palette, texture_bank
+from sam_fast.data.variety import hues
 
 LEAST_AREA = 48 / 256**2  # smaller visible regions have no mask, as a share of the image
 LEAST_VISIBLE = 0.15  # nor have those of which less is seen, as a share of themselves
@@ -70,7 +71,7 @@ def make_scene(seed: int, index: int, size: int = 256, *, held_out: bool = False
         index: not negative; which scene of that seed.
         size: pixels of the side, 64 to 1024. A larger one shows the same kind of scene, sharper.
         held_out: a scene for evaluation. Its random stream is no training scene's, its photo textures come from
-            `assets/photos` only, and a third to a half of its objects have shapes of `shapes.HELD_OUT_FAMILIES`;
+            `assets/photos` only, and a third to a half of its objects have shapes of `families.HELD_OUT_FAMILIES`;
             training scenes have neither.
 
     Returns:
@@ -163,6 +164,8 @@ def _paint_background(rng: np.random.Generator, canvas: Canvas, colors: np.ndarr
     if kind < 0.15:
         photo = canvas.bank.photos[int(rng.integers(len(canvas.bank.photos)))]
         canvas.image = cut(rng, photo, canvas.size, canvas.size, canvas.size, uniform(rng, 0.8, 2)).convert("RGB")
+        if canvas.bank.varied and rng.random() < 0.5:
+            canvas.image = canvas.image.convert("RGB", hues(rng))
         return None
     canvas.paint(rng, everything, shades[0], flat=True)
     if kind < 0.4:

@@ -1,4 +1,4 @@
-"""Shape families of procedural scenes: closed outlines in an object's own frame, and their drawing with soft edges.
+"""Shapes of procedural scenes: closed outlines in an object's own frame, and their drawing with soft edges.
 
 A shape is a list of primitives. Its own frame is about -1 .. 1 in x (right) and y (down); `Placement` carries it into
 the scene's frame, 0 .. 1 in both, whatever the number of pixels.
@@ -7,17 +7,12 @@ the scene's frame, 0 .. 1 in both, whatever the number of pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from sam_fast.data.draws import cumulative_shares, draw_index, pick, uniform
-
-HELD_OUT_FAMILIES = ("gear", "petal")  # only drawn where held_out=True, so that evaluation meets new geometry
 
 
 class Contour(NamedTuple):
@@ -35,7 +30,6 @@ class Glyphs(NamedTuple):
 
 
 Shape = list[Contour | Glyphs]
-Family = Callable[[np.random.Generator], Shape]
 
 
 @dataclass(frozen=True)
@@ -220,95 +214,6 @@ def _harmonic_angles(steps: int) -> np.ndarray:
     return _HARMONICS * np.linspace(0, 2 * np.pi, steps + 1)[:, None]
 
 
-def _polar(radius: np.ndarray) -> Shape:
-    return [Contour(circle(len(radius)) * radius[:, None])]
-
-
-def _polygon(rng: np.random.Generator) -> Shape:
-    corners = int(rng.integers(3, 9))
-    angle = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.35, 0.35, corners)) / corners
-    radius = rng.uniform(pick(rng, (0.4, 0.85)), 1, corners)
-    return [Contour(densify(np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]))]
-
-
-def _quadrilateral(rng: np.random.Generator) -> Shape:
-    corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]], float)
-    corners += rng.uniform(-1, 1, (4, 2)) * pick(rng, (0.0, 0.1, 0.45))
-    return [Contour(densify(corners))]
-
-
-def _bracket(rng: np.random.Generator) -> Shape:
-    """L, T, U and plus shapes."""
-    arm = uniform(rng, 0.15, 0.4)
-    bars = [(-1, -1, 1, -1 + 2 * arm), (-1, 1 - 2 * arm, 1, 1), (-1, -1, -1 + 2 * arm, 1), (1 - 2 * arm, -1, 1, 1)]
-    bars += [(-1, -arm, 1, arm), (-arm, -1, arm, 1)]
-    choice = [(0, 2), (0, 5), (2, 1, 3), (4, 5), (2, 4, 3), (2, 0, 4, 1)][int(rng.integers(6))]
-    return [primitive for index in choice for primitive in box(*bars[index])]
-
-
-def _rounded(rng: np.random.Generator) -> Shape:
-    return rounded_box(-1, -1, 1, 1, uniform(rng, 0.1, 1))
-
-
-def _ellipse(rng: np.random.Generator) -> Shape:
-    power = float(pick(rng, (1, 1, uniform(rng, 0.6, 1.4))))
-    points = circle(56)
-    return [Contour(np.sign(points) * np.abs(points) ** power)]
-
-
-def _blob(rng: np.random.Generator) -> Shape:
-    radius = 0.75 + uniform(rng, 0.05, 0.25) * ragged_line(rng, 72, uniform(rng, 1.5, 2.5))[:-1]
-    return _polar(radius.clip(0.15, 1.4))
-
-
-def _ragged(rng: np.random.Generator) -> Shape:
-    """Rocks, crowns of trees, puddles: fractal outlines."""
-    radius = 0.75 + uniform(rng, 0.1, 0.2) * ragged_line(rng, 120, uniform(rng, 0.7, 1.2))[:-1]
-    return _polar(radius.clip(0.15, 1.4))
-
-
-def _cluster(rng: np.random.Generator) -> Shape:
-    """Overlapping discs: clouds, bushes, animals without legs."""
-    count = int(rng.integers(2, 7))
-    centers = rng.uniform(-0.55, 0.55, (count, 2)) * (1, uniform(rng, 0.2, 1))
-    radii = rng.uniform(0.25, 0.6, (count, 1, 1)) * (1, uniform(rng, 0.6, 1.3))
-    return [Contour(circle(36) * radii + centers[:, None]), Contour(circle(36) * 0.35)]
-
-
-def _limbs(rng: np.random.Generator) -> Shape:
-    """A thick body with tapering arms: hands, branches, animals."""
-    shape: Shape = [Contour(circle(36) * rng.uniform(0.25, 0.5, 2))]
-    for angle in rng.uniform(0, 2 * np.pi, int(rng.integers(2, 7))):
-        reach = np.linspace(0, uniform(rng, 0.6, 1.1), 8)[:, None]
-        turn = angle + uniform(rng, -0.8, 0.8) * reach
-        line = reach * np.concatenate([np.cos(turn), np.sin(turn)], axis=1)
-        shape += strip(line, np.linspace(uniform(rng, 0.12, 0.25), uniform(rng, 0.04, 0.12), 8))
-    return shape
-
-
-def _stroke(rng: np.random.Generator) -> Shape:
-    steps = 20
-    heading = uniform(rng, 0, 2 * np.pi) + np.cumsum(rng.normal(0, uniform(rng, 0, 0.25), steps) + rng.normal(0, 0.08))
-    line = np.cumsum(np.stack([np.cos(heading), np.sin(heading)], axis=1), axis=0)
-    line = 2 * (line - (line.min(0) + line.max(0)) / 2) / max(np.ptp(line, axis=0).max(), 1e-6)
-    thick = uniform(rng, 0.03, 0.12) if rng.random() < 0.6 else uniform(rng, 0.12, 0.3)
-    taper = np.linspace(1, pick(rng, (1, uniform(rng, 0.3, 1))), steps)
-    return strip(line, thick * taper, bool(rng.random() < 0.7))
-
-
-def _ring(rng: np.random.Generator) -> Shape:
-    outer = [_ellipse, _rounded, _blob][int(rng.integers(3))](rng)[0]
-    inner = Contour(outer.points * uniform(rng, 0.35, 0.85) + rng.uniform(-0.05, 0.05, 2), fill=False)
-    return [outer, inner]
-
-
-def _crescent(rng: np.random.Generator) -> Shape:
-    angle = np.linspace(0, uniform(rng, 0.6, 1.7) * np.pi, 24)
-    line = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    bulge = np.sin(np.linspace(0, np.pi, 24)) ** pick(rng, (0.3, 1.0))
-    return strip(line * 0.85, uniform(rng, 0.1, 0.3) * bulge + 0.02, False)
-
-
 def glyph_width(text: str) -> float:
     """Width of a text over its height, as `Glyphs` draws it without distortion."""
     image = _glyph_image(text, 32)
@@ -321,95 +226,3 @@ LETTERS = "ABCDEFGHJKLMNOPQRSTUVWXYZabdefghkmnpqrstuwxyz0123456789&?$@%"
 def glyphs(text: str, x0: float, y0: float, x1: float, y1: float) -> Shape:
     """Text stretched to a rectangle."""
     return [Glyphs(np.array([[x0, y0], [x1, y0], [x0, y1]], float), text)]
-
-
-def _letter(rng: np.random.Generator) -> Shape:
-    text = LETTERS[int(rng.integers(len(LETTERS)))]
-    half = min(1.0, glyph_width(text))
-    return glyphs(text, -half, -1, half, 1)
-
-
-def _gear(rng: np.random.Generator) -> Shape:
-    """Stars and cogwheels, some with a hole."""
-    teeth = int(rng.integers(4, 13))
-    inner = uniform(rng, 0.35, 0.8)
-    if rng.random() < 0.5:
-        radius = np.tile([1, inner], teeth)
-        angle = np.pi * np.arange(2 * teeth) / teeth
-    else:
-        radius = np.tile([1, 1, inner, inner], teeth)
-        angle = 2 * np.pi * (np.arange(teeth)[:, None] + np.array([-0.18, 0.18, 0.3, 0.7])).ravel() / teeth
-    outline = np.stack([np.cos(angle), np.sin(angle)], axis=1) * radius[:, None]
-    shape: Shape = [Contour(densify(outline))]
-    if rng.random() < 0.4:
-        shape.append(Contour(circle() * inner * uniform(rng, 0.3, 0.7), fill=False))
-    return shape
-
-
-def _petal(rng: np.random.Generator) -> Shape:
-    """Rose curves, pointed leaves and hearts."""
-    angle = np.linspace(0, 2 * np.pi, 160, endpoint=False)
-    kind = int(rng.integers(3))
-    if kind == 0:
-        petals = int(rng.integers(3, 9))
-        return _polar(uniform(rng, 0.15, 0.4) + 0.65 * np.abs(np.cos(petals * angle / 2)) ** uniform(rng, 0.5, 1.5))
-    if kind == 1:
-        x = np.cos(angle)
-        y = np.sign(np.sin(angle)) * uniform(rng, 0.3, 0.6) * (1 - x**2) * (1 + 0.5 * uniform(rng, -1, 1) * x)
-        return [Contour(np.stack([x, y], axis=1))]
-    x = 16 * np.sin(angle) ** 3
-    y = -(13 * np.cos(angle) - 5 * np.cos(2 * angle) - 2 * np.cos(3 * angle) - np.cos(4 * angle))
-    return [Contour(np.stack([x, y], axis=1) / 17)]
-
-
-FAMILIES: dict[str, Family] = {
-    "polygon": _polygon,
-    "quadrilateral": _quadrilateral,
-    "bracket": _bracket,
-    "rounded": _rounded,
-    "ellipse": _ellipse,
-    "blob": _blob,
-    "ragged": _ragged,
-    "cluster": _cluster,
-    "limbs": _limbs,
-    "stroke": _stroke,
-    "ring": _ring,
-    "crescent": _crescent,
-    "letter": _letter,
-    "gear": _gear,
-    "petal": _petal,
-}
-_WEIGHTS = {
-    "quadrilateral": 2.0,
-    "rounded": 1.5,
-    "ellipse": 2.0,
-    "blob": 3.0,
-    "ragged": 1.5,
-    "cluster": 1.5,
-    "limbs": 1.5,
-    "bracket": 0.6,
-}
-
-
-def draw_family(rng: np.random.Generator, *, compact: bool = False, held_out: bool = False) -> tuple[str, Shape]:
-    """A random family's name and a shape of it, in the object's frame.
-
-    Args:
-        rng: draws everything.
-        compact: only families that can carry parts, without holes and thin limbs.
-        held_out: six of ten shapes come from `HELD_OUT_FAMILIES`, which are never drawn otherwise.
-    """
-    if held_out and rng.random() < 0.6:
-        name = HELD_OUT_FAMILIES[int(rng.integers(len(HELD_OUT_FAMILIES)))]
-        return name, FAMILIES[name](rng)
-    names, bounds = _usual_families(compact)
-    name = names[draw_index(rng, bounds)]
-    return name, FAMILIES[name](rng)
-
-
-@lru_cache
-def _usual_families(compact: bool) -> tuple[list[str], tuple[float, ...]]:
-    """The families that are not held out, and their cumulative shares."""
-    thin = ("bracket", "stroke", "ring", "crescent", "letter", "limbs") if compact else ()
-    names = [name for name in FAMILIES if name not in HELD_OUT_FAMILIES + thin]
-    return names, cumulative_shares([_WEIGHTS.get(name, 1.0) for name in names])

@@ -15,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from sam_fast.data.draws import pick, uniform
+from sam_fast.data.variety import collage, cut_turned, hues
 
 ASSETS = Path(__file__).parents[1] / "assets"
 TRAINING_PHOTOS = ASSETS / "textures"
 HELD_OUT_PHOTOS = ASSETS / "photos"  # never a texture of a training scene
 
 _TILE = 512  # pixels of a noise tile's side, which wraps around
+_COLLAGES = 6  # among the photos of training scenes
 _REFERENCE = 256  # texture scales are in pixels of a scene of this size
 _LEVELS = np.linspace(-1, 1, 256, dtype=np.float32)[:, None]
 
@@ -34,12 +36,14 @@ class Bank:
         colors: [C, 3] float32, colours that occur in the RGB photos.
         noise: gray tiles whose spectra fall with different exponents, the smoothest first.
         patches: gray tiles of flat patches.
+        varied: whether photos are also mixed and changed in hue, see `variety`.
     """
 
     photos: tuple[Image.Image, ...]
     colors: np.ndarray
     noise: tuple[Image.Image, ...]
     patches: tuple[Image.Image, ...]
+    varied: bool
 
 
 @lru_cache(maxsize=2)
@@ -53,7 +57,10 @@ def texture_bank(held_out: bool = False) -> Bank:
     patches = tuple(_patch_tile(rng, cells) for cells in (40, 200)) + tuple(_bands_tile(tile) for tile in noise[:2])
     colors = np.concatenate(small).astype(np.float32)
     # The night sky and the rims of round pictures would make most scenes black.
-    return Bank(photos, colors[colors.max(1) > 45], noise, patches)
+    colors = colors[colors.max(1) > 45]
+    if not held_out:  # scenes for evaluation stay what they are
+        photos += tuple(collage(rng, [*photos, *noise[1:], *patches]) for _ in range(_COLLAGES))
+    return Bank(photos, colors, noise, patches, varied=not held_out)
 
 
 def _read_photo(path: Path) -> Image.Image:
@@ -247,11 +254,35 @@ def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple
     """A crop of a photo: colour photos as they are, or tinted; gray ones through a ramp."""
     index, zoom = int(rng.integers(len(bank.photos))), _log_uniform(rng, _PHOTO_ZOOMS)
     tint, gain, contrast = rng.random(), uniform(rng, 0.7, 1.3), uniform(rng, 0.3, 1)
-    piece = cut(rng, bank.photos[index], shape[1], shape[0], size, zoom)
+    piece = (_varied_photo if bank.varied else _plain_photo)(rng, bank, index, shape, size, zoom)
     table = ramp(rng, color, contrast)
     if piece.mode == "L" or tint < 0.35:
         return Texture(piece.convert("L"), table)
     return Texture(piece, np.arange(256, dtype=np.float32)[:, None] * np.float32(gain))
+
+
+def _plain_photo(
+    rng: np.random.Generator, bank: Bank, index: int, shape: tuple[int, int], size: int, zoom: float
+) -> Image.Image:
+    return cut(rng, bank.photos[index], shape[1], shape[0], size, zoom)
+
+
+def _varied_photo(
+    rng: np.random.Generator, bank: Bank, index: int, shape: tuple[int, int], size: int, zoom: float
+) -> Image.Image:
+    """A crop of a photo at any angle, at times mixed with one of another, or in other hues."""
+    other, mixed, share = int(rng.integers(len(bank.photos))), rng.random() < 0.3, uniform(rng, 0.25, 0.75)
+    recolored, matrix = rng.random() < 0.6, hues(rng)
+    turned = rng.random() < 0.6
+    picture, scale = bank.photos[index], zoom * _REFERENCE / size
+    if turned:
+        piece = cut_turned(rng, picture, shape[1], shape[0], scale)
+    else:
+        piece = cut(rng, picture, shape[1], shape[0], size, zoom)
+    if mixed:
+        second = cut(rng, bank.photos[other], shape[1], shape[0], size, zoom)
+        piece = Image.blend(piece, second.convert(piece.mode), share)
+    return piece.convert("RGB", matrix) if recolored and piece.mode == "RGB" else piece
 
 
 def fill(

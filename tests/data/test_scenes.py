@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sam_fast.data import draws, objects, scenes, shapes, textures
+from sam_fast.data import draws, families, objects, scenes, shapes, textures
 from sam_fast.data.canvas import Canvas, Style
 from sam_fast.data.degrade import gaussian_blur
 from sam_fast.data.objects import Part
@@ -122,7 +122,7 @@ def test_parts_lie_in_wholes(training: list[Sample]) -> None:
 
 
 def held_out_families(part: Part) -> set[str]:
-    found = {part.family} & set(shapes.HELD_OUT_FAMILIES)
+    found = {part.family} & set(families.HELD_OUT_FAMILIES)
     return found.union(*(held_out_families(child) for child in part.parts))
 
 
@@ -131,8 +131,8 @@ def test_families_and_photos_of_the_split(monkeypatch: pytest.MonkeyPatch, held_
     drawn: list[str] = []
     made: list[Part] = []
     read: list[Path] = []
-    for name, family in shapes.FAMILIES.items():
-        monkeypatch.setitem(shapes.FAMILIES, name, lambda rng, n=name, f=family: (drawn.append(n), f(rng))[1])
+    for name, family in families.FAMILIES.items():
+        monkeypatch.setitem(families.FAMILIES, name, lambda rng, n=name, f=family: (drawn.append(n), f(rng))[1])
     read_photo, make_object = textures._read_photo, objects.make_object
     monkeypatch.setattr(textures, "_read_photo", lambda path: (read.append(path), read_photo(path))[1])
 
@@ -148,10 +148,11 @@ def test_families_and_photos_of_the_split(monkeypatch: pytest.MonkeyPatch, held_
     folder = textures.HELD_OUT_PHOTOS if held_out else textures.TRAINING_PHOTOS
     assert len(read) >= 4 and {path.parent for path in read} == {folder}
     if held_out:
-        assert set(shapes.HELD_OUT_FAMILIES) <= set(drawn)
+        assert set(families.HELD_OUT_FAMILIES) <= set(drawn)
+        assert not set(families.TRAINING_FAMILIES) & set(drawn)
         assert 0.3 <= share <= 0.55
     else:
-        assert set(drawn) == set(shapes.FAMILIES) - set(shapes.HELD_OUT_FAMILIES)
+        assert set(drawn) == set(families.FAMILIES) - set(families.HELD_OUT_FAMILIES)
         assert share == 0
 
 
