@@ -34,7 +34,7 @@ from sam_fast.training.step import InteractiveStep, StepSettings
 
 _SEED = 0
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-_TOLERANCES = {"fp32": 1e-4, "bf16": 0.2}
+_TOLERANCES = {("whole", "fp32"): 1e-4, ("encoder", "fp32"): 1e-5, ("whole", "bf16"): 0.2, ("encoder", "bf16"): 0.03}
 
 
 class Case(NamedTuple):
@@ -73,7 +73,8 @@ def calls_of(case: Case, precision: str) -> dict[str, Callable[[], Tensor]]:
         with step_module.fast_layers(batch.images.device):
             with torch.autocast("cpu", torch.bfloat16, enabled=half is not None):
                 embeddings = model.image_encoder(model.preprocess(batch.images.float()))
-            embeddings.backward(torch.ones_like(embeddings))
+            draw = torch.Generator().manual_seed(_SEED)  # a constant gradient would vanish in the last LayerNorm
+            embeddings.backward(torch.randn(embeddings.shape, generator=draw).to(embeddings.dtype))
         return _gradients(model)
 
     return {"whole": whole, "encoder": encoder}
@@ -100,7 +101,7 @@ def measure(case: Case, part: str, precision: str, repetitions: int, write: bool
 
     def gate(expected: Tensor, got: Tensor) -> float:
         error = float((got - expected).norm() / expected.norm())
-        if not error <= _TOLERANCES[precision]:
+        if not error <= _TOLERANCES[part, precision]:
             raise WrongResult(f"gradients differ by {error:.1e}")
         return error
 

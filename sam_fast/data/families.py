@@ -159,15 +159,15 @@ def _petal(rng: np.random.Generator) -> Shape:
 
 
 def _joined(rng: np.random.Generator) -> Shape:
-    """Two or three shapes that overlap: keys, guitars, houses, fish."""
+    """Two or three shapes, most of which overlap and stand out: keys, guitars, houses, fish."""
     shape = _simple(rng)
     for _ in range(int(rng.integers(1, 3))):
-        shape += _moved(rng, _simple(rng), uniform(rng, 0.4, 1.0), uniform(rng, 0.25, 0.8))
+        shape += _moved(rng, _simple(rng), uniform(rng, 0.5, 0.9), uniform(rng, 0.4, 0.8))
     return shape
 
 
 def _notched(rng: np.random.Generator) -> Shape:
-    """A shape with bites out of its border, or holes."""
+    """A shape with bites out of its border or holes, now and then in pieces."""
     shape = _simple(rng)
     for _ in range(int(rng.integers(1, 5))):
         bite = _moved(rng, _simple(rng), uniform(rng, 0.2, 1.1), uniform(rng, 0.1, 0.45))

@@ -21,14 +21,13 @@ def collage(rng: np.random.Generator, pictures: list[Image.Image]) -> Image.Imag
     sheet = Image.new("RGB", (_COLLAGE, _COLLAGE))
     low, high = pick(rng, (0.05, 0.1, 0.2)), uniform(rng, 0.25, 0.6)
     for number in range(_PIECES):
-        radius = _COLLAGE * (1.5 if number == 0 else low + (high - low) * rng.random() ** 2)
+        radius = _COLLAGE * (1.5 if number == 0 else low + (high - low) * rng.random() ** 2)  # the first covers all
         x, y = rng.uniform(0, _COLLAGE, 2).tolist()
-        window = tuple(int(min(max(at, 0), _COLLAGE)) for at in (x - radius, y - radius, x + radius, y + radius))
-        left, top, right, bottom = window if number else (0, 0, _COLLAGE, _COLLAGE)
+        left, top, right, bottom = (
+            int(min(max(at, 0), _COLLAGE)) for at in (x - radius, y - radius, x + radius, y + radius)
+        )
         piece, outline = _colored(rng, pictures), _outline(rng, x - left, y - top, radius)
-        if right <= left or bottom <= top:
-            continue
-        mask = Image.new("L", (right - left, bottom - top), 255 if number == 0 else 0)
+        mask = Image.new("L", (right - left, bottom - top), 0 if number else 255)
         if number:
             ImageDraw.Draw(mask).polygon(outline, fill=255)
         sheet.paste(piece.resize(mask.size, Image.Resampling.BILINEAR), (left, top), mask)
@@ -78,6 +77,8 @@ def cut_turned(rng: np.random.Generator, picture: Image.Image, width: int, heigh
         scale: pixels of the picture per pixel of the window; less where the picture is too small.
     """
     angle, stretch = uniform(rng, 0, 2 * np.pi), np.exp(uniform(rng, -0.5, 0.5))
+    if scale >= 2:  # `transform` takes single pixels
+        picture, scale = picture.reduce(int(scale)), scale / int(scale)
     mirror, x, y = pick(rng, (-1, 1)), rng.random(), rng.random()
     axes = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * scale
     axes = axes * (mirror * stretch**0.5, stretch**-0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,8 +120,7 @@ class SamMethod(Method):
         dtype = resolve_precision(precision, model.device)
         self.settings = {
             "weights": weights_digest(model),
-            "generator": generator,
-            "ranking": _RANKING,
+            "generator": {**generator, "ranking": _RANKING} if generator else {},
             "precision": str(dtype).removeprefix("torch."),
         }
         self._generator = SamAutomaticMaskGenerator(
@@ -170,7 +170,8 @@ class SamMethod(Method):
 
 def _rank(record: Mapping[str, Any]) -> float:
     """Lowest for the mask of the generator that counts first: by the mean of its two scores (paper, appendix D.3)."""
-    return -(record["predicted_iou"] + record["stability_score"]) / 2
+    stability = record["stability_score"]  # NaN of a mask without a pixel that is sure
+    return -(record["predicted_iou"] + (0.0 if math.isnan(stability) else stability)) / 2
 
 
 def weights_digest(model: torch.nn.Module) -> str:

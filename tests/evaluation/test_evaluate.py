@@ -15,7 +15,7 @@ from evaluation.drawings import Drawings, Knowing
 from sam_fast import SamPredictor
 from sam_fast.data.sample import Sample
 from sam_fast.evaluation.evaluate import EvaluationSettings, evaluate
-from sam_fast.evaluation.methods import SamMethod, weights_digest
+from sam_fast.evaluation.methods import SamMethod, _rank, weights_digest
 from sam_fast.evaluation.metrics import mask_iou
 from sam_fast.evaluation.protocol import next_click, tight_box
 from sam_fast.evaluation.results import Results
@@ -172,7 +172,7 @@ def test_proposals_of_sam(tiny: Sam) -> None:
     records = method._generator.generate(Drawings().load(0).image)
     masks = list(several.masks)
     assert several.count == len(masks) == len(records) > 10
-    scores = [(record["predicted_iou"], record["stability_score"]) for record in records]
+    scores = [(record["predicted_iou"], np.nan_to_num(record["stability_score"])) for record in records]
     order = sorted(range(len(records)), key=lambda i: -sum(scores[i]))
     assert order not in (sorted(order, key=lambda i: -scores[i][kind]) for kind in (0, 1)), "of no use as a test"
     areas = [records[i]["area"] for i in order]
@@ -182,6 +182,14 @@ def test_proposals_of_sam(tiny: Sam) -> None:
     results = evaluate(Drawings(), method, EvaluationSettings(prompts=("everything",)))
     assert results.summary.keys() == {"recall_10", "recall_100", "recall_1000", "masks_per_image"}
     assert not math.isnan(results.summary["recall_10"])
+
+
+def test_masks_whose_stability_is_unknown_come_last_among_their_like() -> None:
+    scores = [(0.5, math.nan), (0.9, 0.9), (0.5, 0.1), (0.8, math.nan), (0.7, 0.9), (0.9, math.nan), (0.2, 0.1)]
+    records = [{"predicted_iou": iou, "stability_score": stability} for iou, stability in scores]
+    assert [scores.index((r["predicted_iou"], r["stability_score"])) for r in sorted(records, key=_rank)] == [
+        1, 4, 5, 3, 2, 0, 6,
+    ]  # fmt: skip
 
 
 def test_weights_digest(tiny: Sam) -> None:

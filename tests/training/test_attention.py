@@ -113,14 +113,70 @@ def test_the_encoders_attention_under_autocast_is_as_exact_as_pytorchs(side, way
     assert names == [way]
 
 
+@pytest.mark.parametrize("side, way", [(7, "_biased"), (16, "_Biased")])
+def test_values_that_share_an_offset(side, way, monkeypatch):
+    """Which changes no gradient of scores, but is rounded with them."""
+    names = called(monkeypatch)
+    q, k, v = (x.detach() for x in heads_of(side * side, torch.bfloat16))
+    v = v + 20 * random(16, dtype=torch.bfloat16).detach()
+    bias = random(2, 3, side * side, side * side, dtype=torch.bfloat16)
+    check([x.detach().requires_grad_() for x in (q, k, v)] + [bias])
+    assert names == [way]
+
+
+@pytest.mark.parametrize("side, way", [(7, "_biased"), (16, "_Biased")])
+def test_only_the_bias_is_trained(side, way, monkeypatch):
+    names, bias = called(monkeypatch), random(2, 3, side * side, side * side)
+    q, k, v = (x.detach() for x in heads_of(side * side, torch.float32))
+    expected = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, bias).square().sum(), bias)
+    with FastAttention():
+        found = torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, bias).square().sum(), bias)
+    torch.testing.assert_close(found, expected)
+    assert names == [way]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("queries, keys", [(100, 7), (7, 100)])
+def test_the_result_lies_as_pytorchs(queries, keys, dtype):
+    """Code of somebody's own may make a view of it."""
+    q, (k, v) = heads_of(queries, dtype, 1)[0], heads_of(keys, dtype, 2)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    with FastAttention():
+        found = F.scaled_dot_product_attention(q, k, v)
+    assert found.stride() == expected.stride()
+
+
+def test_gradients_under_autocast_of_a_result_that_is_not():
+    given = [*heads_of(256, torch.float32), random(2, 3, 256, 256)]
+    expected = differentiate(given)
+    with FastAttention():
+        y = F.scaled_dot_product_attention(*given)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, given, grad.to(y.dtype))
+    torch.testing.assert_close(found, tuple(expected[1:]))
+
+
 def test_what_is_left_to_pytorch(monkeypatch):
     for name in WAYS:
         monkeypatch.delattr(module, name)
     few, many = heads_of(7, torch.bfloat16), heads_of(300, torch.bfloat16)
     bias = random(2, 3, 300, 300, dtype=torch.bfloat16)
     attend = F.scaled_dot_product_attention
+    hidden = torch.zeros(2, 3, 300, 300, dtype=torch.bfloat16)
+    hidden[:, :, 5] = -torch.inf  # a query that may read nothing
+    hidden.requires_grad_()
+
+    class Own(Tensor):
+        """Such as a library for quantised weights has."""
+
     calls = [
         lambda: attend(*heads_of(100, torch.float32)),
+        lambda: attend(heads_of(63, torch.bfloat16)[0], *heads_of(32, torch.bfloat16, 2)),
+        lambda: attend(heads_of(64, torch.bfloat16)[0], *heads_of(33, torch.bfloat16, 2)),
+        lambda: attend(many[0].half(), *(x.half() for x in few[1:])),
+        lambda: attend(many[0].as_subclass(Own), *few[1:]),
+        lambda: attend(*many, hidden),
         lambda: attend(*many),
         lambda: attend(*many, bias.detach()),
         lambda: attend(*many, bias[0, 0] > 0),
@@ -145,16 +201,22 @@ def test_what_is_left_to_pytorch(monkeypatch):
             attend(many[0].float(), *few[1:])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace", "ignore:The PyTorch API of nested tensors")
 def test_where_attention_is_compiled_transformed_or_computed_again(monkeypatch):
     for name in WAYS:
         monkeypatch.delattr(module, name)
     q, (k, v) = heads_of(100, torch.float32, 1)[0], heads_of(7, torch.float32, 2)
     attend = F.scaled_dot_product_attention
     with FastAttention():
-        assert torch.vmap(attend)(q[None], k[None], v[None]).shape == (1, *q.shape)
+        transformed = torch.func.grad(lambda q: attend(q, k, v).sum())(q)
+        traced = torch.jit.trace(attend, (q, k, v), check_trace=False)
         compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)(q, k, v)
         (grad,) = torch.autograd.grad(checkpoint(attend, q, k, v, use_reentrant=False).sum(), q)
+        nested = torch.nested.nested_tensor(list(q.detach())).requires_grad_()
+        assert attend(nested, nested, nested).is_nested
     torch.testing.assert_close(compiled, attend(q, k, v))
+    torch.testing.assert_close(traced(q, k, v), attend(q, k, v))
+    torch.testing.assert_close(transformed, grad)
     torch.testing.assert_close(grad, torch.autograd.grad(attend(q, k, v).sum(), q)[0])
 
 
