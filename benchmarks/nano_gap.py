@@ -1,8 +1,8 @@
 """What a model lacks on held-out scenes: their textures, or their shapes? `python -m benchmarks.nano_gap`.
 
 Training scenes that no training run draws (seed 777): as they are, with the photos of held-out scenes in place of those
-of training, and with the families of shapes of held-out scenes, which changes layouts, too. One object of each is
-clicked and boxed as `sam-fast eval` does.
+of training, as they are there, and with the families of shapes of held-out scenes. The photos change the layouts of the
+scenes that have one behind, the shapes those of most. One object of each is clicked and boxed as `sam-fast eval` does.
 """
 
 from __future__ import annotations

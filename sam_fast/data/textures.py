@@ -254,33 +254,29 @@ def _photo(rng: np.random.Generator, bank: Bank, color: np.ndarray, shape: tuple
     """A crop of a photo: colour photos as they are, or tinted; gray ones through a ramp."""
     index, zoom = int(rng.integers(len(bank.photos))), _log_uniform(rng, _PHOTO_ZOOMS)
     tint, gain, contrast = rng.random(), uniform(rng, 0.7, 1.3), uniform(rng, 0.3, 1)
-    piece = (_varied_photo if bank.varied else _plain_photo)(rng, bank, index, shape, size, zoom)
+    width, height = shape[1], shape[0]
+    if bank.varied:
+        piece = _varied_photo(rng, bank, index, width, height, size, zoom)
+    else:
+        piece = cut(rng, bank.photos[index], width, height, size, zoom)
     table = ramp(rng, color, contrast)
     if piece.mode == "L" or tint < 0.35:
         return Texture(piece.convert("L"), table)
     return Texture(piece, np.arange(256, dtype=np.float32)[:, None] * np.float32(gain))
 
 
-def _plain_photo(
-    rng: np.random.Generator, bank: Bank, index: int, shape: tuple[int, int], size: int, zoom: float
-) -> Image.Image:
-    return cut(rng, bank.photos[index], shape[1], shape[0], size, zoom)
-
-
 def _varied_photo(
-    rng: np.random.Generator, bank: Bank, index: int, shape: tuple[int, int], size: int, zoom: float
+    rng: np.random.Generator, bank: Bank, index: int, width: int, height: int, size: int, zoom: float
 ) -> Image.Image:
     """A crop of a photo at any angle, at times mixed with one of another, or in other hues."""
     other, mixed, share = int(rng.integers(len(bank.photos))), rng.random() < 0.3, uniform(rng, 0.25, 0.75)
     recolored, matrix = rng.random() < 0.6, hues(rng)
-    turned = rng.random() < 0.6
-    picture, scale = bank.photos[index], zoom * _REFERENCE / size
-    if turned:
-        piece = cut_turned(rng, picture, shape[1], shape[0], scale)
+    if rng.random() < 0.6:
+        piece = cut_turned(rng, bank.photos[index], width, height, zoom * _REFERENCE / size)
     else:
-        piece = cut(rng, picture, shape[1], shape[0], size, zoom)
+        piece = cut(rng, bank.photos[index], width, height, size, zoom)
     if mixed:
-        second = cut(rng, bank.photos[other], shape[1], shape[0], size, zoom)
+        second = cut(rng, bank.photos[other], width, height, size, zoom)
         piece = Image.blend(piece, second.convert(piece.mode), share)
     return piece.convert("RGB", matrix) if recolored and piece.mode == "RGB" else piece
 
