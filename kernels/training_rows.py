@@ -3,7 +3,7 @@
 A decoder that is trained has a million rows of few channels (64 of an upscaled pixel, 4 of a mask prompt). PyTorch's
 LayerNorm gives each of them a block of threads; here a program takes as many rows as make a tile of some thousand
 numbers. Its sums over all rows leave most processors idle; here a fixed number of programs take tiles in turns, and
-PyTorch adds up what they found. Statistics and sums are float32, and nothing depends on the order of the programs.
+another launch adds up what they found. Statistics and sums are float32, and nothing depends on the order of programs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 
 _TILE = 4096  # numbers
 _GRADIENTS_TILE = 2048  # two sums of its size are kept in registers
-_GRADIENTS_PROGRAMS = 528  # as many as a Hopper GPU runs at once
-_SUMS_PROGRAMS = 1024
+_PROGRAMS = 512  # about as many as a Hopper GPU runs at once
 _SUMS_COLUMNS = 256
+_FEW = 1024  # rows that one launch adds up sooner than two
+_FEW_TILE, _FEW_COLUMNS = 4096, 16
 
 
 def normalise(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -47,23 +48,36 @@ def normalise_gradients(grad_x: Tensor, grad_y: Tensor, x: Tensor, weight: Tenso
     """
     rows, C = x.shape
     constants = _constants(C, _GRADIENTS_TILE)
-    programs = min(triton.cdiv(rows, constants["ROWS"]), _GRADIENTS_PROGRAMS)
-    sums = x.new_empty(programs, 2, C, dtype=torch.float32)
+    programs = min(triton.cdiv(rows, constants["ROWS"]), _PROGRAMS)
+    sums = x.new_empty(programs, 2 * C, dtype=torch.float32)
     if rows:
         gradients_kernel[(programs,)](grad_x, sums, grad_y, x, weight, rows, eps, **constants, num_warps=4)
-    return sums.sum(0)
+    return _sums_of_few(sums).view(2, C)
 
 
 def column_sums(x: Tensor) -> Tensor:
     """The sum of the rows of x [rows, C], contiguous, as float32 [C]."""
     rows, C = x.shape
+    if rows <= _FEW:
+        return _sums_of_few(x)
     constants = _columns(C)
-    programs = min(triton.cdiv(rows, constants["ROWS"]), _SUMS_PROGRAMS)
+    programs = min(triton.cdiv(rows, constants["ROWS"]), _PROGRAMS)
     sums = x.new_empty(programs, C, dtype=torch.float32)
-    if rows and C:
+    if C:
         grid = (programs, triton.cdiv(C, constants["CHANNELS"]))
         sums_kernel[grid](sums, x, rows, **constants, num_warps=4)
-    return sums.sum(0)
+    return _sums_of_few(sums)
+
+
+def _sums_of_few(x: Tensor) -> Tensor:
+    """`column_sums` where a program can take all rows of its columns."""
+    rows, C = x.shape
+    total = x.new_empty(C, dtype=torch.float32)
+    if C:
+        constants = _few(C)
+        grid = (1, triton.cdiv(C, constants["CHANNELS"]))
+        sums_kernel[grid](total, x, rows, **constants, num_warps=4)
+    return total
 
 
 def _constants(C: int, tile: int) -> dict[str, Any]:
@@ -74,6 +88,11 @@ def _constants(C: int, tile: int) -> dict[str, Any]:
 def _columns(C: int) -> dict[str, Any]:
     channels = min(triton.next_power_of_2(C), _SUMS_COLUMNS)
     return {"C": C, "CHANNELS": channels, "ROWS": _TILE // channels}
+
+
+def _few(C: int) -> dict[str, Any]:
+    channels = min(triton.next_power_of_2(C), _FEW_COLUMNS)
+    return {"C": C, "CHANNELS": channels, "ROWS": _FEW_TILE // channels}
 
 
 @triton.jit
@@ -171,3 +190,6 @@ def variants(architecture: int) -> Iterator[Variant]:
     for C in (32, 256, 3072):
         signature = {"sums": "*fp32:16", "x": "*bf16:16", "rows": "i32"}
         yield Variant(f"sums of {C} columns", sums_kernel, signature, _columns(C), {"num_warps": 4})
+        for kind in ("bf16", "fp32"):
+            signature = {"sums": "*fp32:16", "x": f"*{kind}:16", "rows": "i32"}
+            yield Variant(f"sums of {C} columns of few rows {kind}", sums_kernel, signature, _few(C), {"num_warps": 4})

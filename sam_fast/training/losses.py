@@ -7,14 +7,22 @@ ambiguity-aware", "Training algorithm"); focal loss: Lin et al., 2017; dice loss
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from sam_fast.ops.backend import triton_unavailable_reason
+from sam_fast.training.watched import is_watched
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 GROUPING_SCALE, GROUPING_RADIUS = 10.0, 20  # see `grouping_loss`
+_KERNEL_DEVICES = ("cuda",)  # tests add the CPU, where kernels are interpreted
+_KERNEL_FORMATS = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_MASKS = 8  # of a prompt, in kernels
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,8 @@ def prompt_loss(
 ) -> PromptLoss:
     """The loss of one pass: only the best of the M masks of a prompt is trained, and the IoU head on all of them.
 
-    M is 3 for a first, ambiguous prompt, and 1 (the fourth token) when a prompt consists of several.
+    M is 3 for a first, ambiguous prompt, and 1 (the fourth token) when a prompt consists of several. Computes in
+    float32, whatever it is given; on GPUs by `kernels/mask_sums.py`, where targets are bool and nothing is blended.
 
     Args:
         logits: [N, M, H, W].
@@ -110,6 +119,8 @@ def prompt_loss(
         valid: [N, H, W], see `focal_loss`.
         blend: see `mask_loss`.
     """
+    if blend == 1 and _kernels_take(logits, predicted_iou, targets, valid):
+        return PromptLoss(*_PromptLoss.apply(logits, predicted_iou, targets, valid))
     logits, predicted_iou = logits.float(), predicted_iou.float()
     targets = targets[:, None].float()
     valid = None if valid is None else valid[:, None].float()
@@ -171,3 +182,70 @@ def _mean_over_pixels(values: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return values.mean((-2, -1))
     return (values * valid).sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
+
+
+def _kernels_take(logits: Tensor, predicted_iou: Tensor, targets: Tensor, valid: Tensor | None) -> bool:
+    """Whether `_PromptLoss` computes the loss of these (see `prompt_loss`), which has no gradients of gradients."""
+    if torch.compiler.is_compiling() or logits.device.type not in _KERNEL_DEVICES or FOCAL_GAMMA != 2:
+        return False
+    pixels = [targets] if valid is None else [targets, valid]
+    tensors = [logits, predicted_iou, *pixels]
+    return (
+        triton_unavailable_reason(logits.device.type) is None
+        and logits.dim() == 4
+        and logits.numel() > 0
+        and logits.shape[1] <= _MOST_MASKS
+        and predicted_iou.shape == logits.shape[:2]
+        and logits.dtype in _KERNEL_FORMATS
+        and predicted_iou.dtype in _KERNEL_FORMATS
+        and all(x.dtype == torch.bool and x.shape == logits[:, 0].shape for x in pixels)
+        and all(x.device == logits.device for x in tensors)
+        and not is_watched(*tensors)
+    )
+
+
+class _PromptLoss(torch.autograd.Function):
+    """The fields of a `PromptLoss` by kernels that read logits once, as they are; all gradients by one more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, predicted: Tensor, targets: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from sam_fast.kernels.mask_sums import losses
+
+        if not logits[0, 0].is_contiguous():
+            logits = logits.contiguous()
+        targets = targets.contiguous().view(torch.uint8)
+        valid = None if valid is None else valid.contiguous().view(torch.uint8)
+        with torch.cuda.device_of(logits):
+            found = losses(logits, predicted, targets, valid, _weights())
+        ctx.save_for_backward(logits, predicted, targets, valid, *found)
+        ctx.mark_non_differentiable(found.chosen, found.iou)
+        ctx.set_materialize_grads(False)
+        return found.total, found.lowest, found.chosen, found.iou
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_total: Tensor | None, grad_lowest: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        from sam_fast.kernels.mask_sums import Losses, gradients
+
+        if grad_total is None:
+            if grad_lowest is None:
+                return None, None, None, None
+            grad_total = torch.zeros_like(grad_lowest)
+        logits, predicted, targets, valid, *found = ctx.saved_tensors
+        total = grad_total.contiguous()
+        lowest = total if grad_lowest is None else total + grad_lowest
+        grad_logits = logits.new_empty(logits.shape)
+        grad_predicted = predicted.new_empty(predicted.shape)
+        inputs = logits, predicted, targets, valid, _weights()
+        gradients(grad_logits, grad_predicted, total, lowest, Losses(*found), *inputs)
+        return grad_logits, grad_predicted, None, None
+
+
+def _weights() -> Any:
+    from sam_fast.kernels.mask_sums import Weights
+
+    return Weights(FOCAL_ALPHA, FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT)

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from sam_fast.ops.backend import triton_unavailable_reason
 from sam_fast.training.watched import is_watched
 
-_FEWEST = 1024  # rows whose sum PyTorch's kernel takes long to make
+_FEWEST = 32  # rows that are worth a kernel
 _MANY = 64  # pixels: a tile of PyTorch's attention
 _WIDEST = 8192  # channels of a row that a program holds
 _HALVES = (torch.bfloat16, torch.float16)

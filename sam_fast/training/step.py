@@ -272,15 +272,14 @@ class InteractiveStep:
         chosen = range(0 if boxes else 1, several + 1) if objects.single_prompt else range(1)
         logits, predicted = self._decode(embedding, objects, chosen)
         joint = torch.zeros((), device=logits.device)
-        if objects.single_prompt:
-            if boxes:
-                # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
-                single = prompt_loss(logits[:, :1], predicted[:, :1], objects.targets, objects.valid, settings.blend)
-                joint = (single.total * objects.boxed).mean()
-            logits, predicted = logits[:, -several:], predicted[:, -several:]
+        if objects.single_prompt and boxes:
+            # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
+            (one, logits), (its_iou, predicted) = (x.split((1, several), 1) for x in (logits, predicted))
+            single = prompt_loss(one, its_iou, objects.targets, objects.valid, settings.blend)
+            joint = (single.total * objects.boxed).mean()
         loss = prompt_loss(logits, predicted, objects.targets, objects.valid, settings.blend)
         self._decoder.backward(scale * (joint + loss.total.mean()))
-        return loss, logits.detach().float(), predicted.detach().float()
+        return loss, logits.detach(), predicted.detach().float()
 
     def _decode(self, embedding: Tensor, objects: _Objects, chosen: range) -> tuple[Tensor, Tensor]:
         """Logits [N, M, s, s] and predicted IoU [N, M] of the M chosen masks, from the embedding of each image."""
@@ -297,7 +296,7 @@ def _feed_back(
     scale: int,
 ) -> None:
     """Give the mask with the highest predicted IoU back as a prompt, and maybe click where it is wrong."""
-    best = _gather(logits, predicted.argmax(1))  # [N, s, s]
+    best = _gather(logits, predicted.argmax(1)).float()  # [N, s, s]
     objects.mask_input = best[:, None]
     if new_click:
         coords, labels = error_clicks(best, objects.targets, scale, generator, objects.valid)

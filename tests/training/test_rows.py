@@ -149,7 +149,7 @@ def test_results_can_be_changed_in_place():
     )
 
 
-@pytest.mark.parametrize("rows, columns", [(1, 1), (17, 300), (40_000, 3)])
+@pytest.mark.parametrize("rows, columns", [(0, 5), (1, 1), (17, 300), (1024, 20), (1025, 20), (40_000, 3)])
 def test_column_sums(rows, columns):
     x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
     torch.testing.assert_close(column_sums(x).double(), x.double().sum(0), rtol=1e-5, atol=1e-3)
