@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 
 from sam_fast.modeling.layers import DropPath, LayerNorm2d, MLPBlock
 
@@ -314,17 +315,45 @@ class Attention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, H*W, d]
-        bias = self._relative_bias(q, H, W) if self.use_rel_pos else None
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        if self.use_rel_pos:
+            x = attend_on_grid(q, k, v, *self._relative_bias(q, H, W), self.scale)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
-    def _relative_bias(self, q: Tensor, H: int, W: int) -> Tensor:
-        """What relative positions add to the scores: [B, heads, H*W, H*W]."""
+    def _relative_bias(self, q: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+        """What relative positions add to the scores, by row and by column of the key: [B, heads, H, W, H], [..., W]."""
         B, heads, _, d = q.shape
         q = q.reshape(B, heads, H, W, d)
         bias_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(H, H, self.rel_pos_h))
         bias_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(W, W, self.rel_pos_w))
-        return (bias_h[..., :, None] + bias_w[..., None, :]).reshape(B, heads, H * W, H * W)
+        return bias_h, bias_w
+
+
+def attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
+    """Attention over a grid of H x W tokens, with biases by the row and by the column of a key.
+
+    A `TorchFunctionMode` sees it as one function, so that training can compute it without the sum of the biases.
+
+    Args:
+        q, k, v: [B, heads, H*W, d].
+        by_row: [B, heads, H, W, H].
+        by_column: [B, heads, H, W, W].
+        scale: of the products of q and k.
+
+    Returns:
+        [B, heads, H*W, d].
+    """
+    given = (q, k, v, by_row, by_column)
+    if not torch.compiler.is_compiling() and has_torch_function(given):
+        return handle_torch_function(attend_on_grid, given, *given, scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_on_grid(by_row, by_column), scale=scale)
+
+
+def bias_on_grid(by_row: Tensor, by_column: Tensor) -> Tensor:
+    """The biases of `attend_on_grid` for each query and key: [B, heads, H*W, H*W]."""
+    bias = by_row[..., :, None] + by_column[..., None, :]
+    return bias.flatten(4, 5).flatten(2, 3)
 
 
 def window_partition(x: Tensor, window_size: int) -> tuple[Tensor, tuple[int, int]]:

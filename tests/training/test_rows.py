@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
+from functools import partial
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sam_fast.modeling import image_encoder
 from sam_fast.training import rows as module
 from sam_fast.training import step
 from sam_fast.training.layers import fast_layers
@@ -84,6 +88,53 @@ def test_attention(way, tokens, pixels, channels, dtype, monkeypatch):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     check(attention, [2 * q, k, v], 4 * TOLERANCE[dtype])  # weights and their gradients are rounded, too
+
+
+@pytest.mark.parametrize("shape, channels", [((16, 20), 16), ((17, 16), 64)], ids=str)
+def test_attention_on_a_grid(shape, channels, monkeypatch):
+    (H, W), tokens = shape, shape[0] * shape[1]
+    given = [random(1, 2, tokens, channels + i, dtype=torch.bfloat16)[..., i:] for i in range(3)]
+    given += [random(1, 2, H, W, size, dtype=torch.bfloat16) for size in (H, W)]
+    inputs = [x.detach().double().requires_grad_() for x in given]
+    attend = partial(image_encoder.attend_on_grid, scale=channels**-0.5)
+    expected = results(attend, *inputs)
+    without = inputs[3] * 0, inputs[4]
+    assert relative_error(attend(*inputs[:3], *without), expected[0]) > 0.1, "biases matter"
+    monkeypatch.delattr(image_encoder, "bias_on_grid")
+    with FastRows():
+        found = results(attend, *(x.detach().requires_grad_() for x in given))
+    for name, one, other in zip(("result", "q", "k", "v", "by row", "by column"), found, expected, strict=True):
+        assert one.dtype == torch.bfloat16 and one.shape == other.shape
+        assert relative_error(one.double(), other) <= 4 * TOLERANCE[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("shape, channels, dtype", [
+    ((15, 16), 16, torch.bfloat16), ((16, 16), 16, torch.float32), ((16, 16), 232, torch.bfloat16)
+], ids=str)  # fmt: skip
+def test_attention_on_a_grid_that_is_left_to_pytorch(shape, channels, dtype, monkeypatch):
+    (H, W), tokens = shape, shape[0] * shape[1]
+    given = [random(1, 2, tokens, channels, dtype=dtype) for _ in range(3)]
+    given += [random(1, 2, H, W, size, dtype=dtype) for size in (H, W)]
+    bias = Mock(wraps=image_encoder.bias_on_grid)
+    monkeypatch.setattr(image_encoder, "bias_on_grid", bias)
+    with FastRows():
+        found = image_encoder.attend_on_grid(*given, channels**-0.5)
+    assert bias.called and torch.equal(found, image_encoder.attend_on_grid(*given, channels**-0.5))
+
+
+def test_an_encoder_in_half_precision_attends_on_grids(monkeypatch):
+    """Relative positions of its global blocks, under autocast, in the ways and the precision of training."""
+    attention = image_encoder.Attention(32, 2, use_rel_pos=True, input_size=(16, 16)).to(DEVICE)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in attention.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(DEVICE) * 0.3
+    x = random(1, 16, 16, 32)
+    expected = results(lambda x: copy.deepcopy(attention).double()(x), x.detach().double().requires_grad_())
+    monkeypatch.delattr(image_encoder, "bias_on_grid")
+    with FastRows(), torch.autocast(DEVICE.type, torch.bfloat16):
+        found = results(attention, x)
+    assert relative_error(found[0].double(), expected[0]) < 0.02
+    assert relative_error(found[1].double(), expected[1]) < 0.03
 
 
 def test_what_is_left_to_pytorch(monkeypatch):
