@@ -122,6 +122,17 @@ def test_attention_on_a_grid_that_is_left_to_pytorch(shape, channels, dtype, mon
     assert bias.called and torch.equal(found, image_encoder.attend_on_grid(*given, channels**-0.5))
 
 
+def test_attention_on_a_grid_that_backward_computes_again():
+    """Outside of the mode, so it must have been PyTorch's within it."""
+    given = [random(1, 2, 256, 16, dtype=torch.bfloat16) for _ in range(3)]
+    given += [random(1, 2, 16, 16, 16, dtype=torch.bfloat16) for _ in range(2)]
+    attend = partial(image_encoder.attend_on_grid, scale=0.25)
+    expected = results(attend, *given)
+    with FastRows():
+        found = results(lambda *inputs: checkpoint(attend, *inputs, use_reentrant=False), *given)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_an_encoder_in_half_precision_attends_on_grids(monkeypatch):
     """Relative positions of its global blocks, under autocast, in the ways and the precision of training."""
     attention = image_encoder.Attention(32, 2, use_rel_pos=True, input_size=(16, 16)).to(DEVICE)
