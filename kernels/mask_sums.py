@@ -76,7 +76,9 @@ def gradients(
     grad_predicted: Tensor,
     grad_total: Tensor,
     grad_lowest: Tensor,
-    found: Losses,
+    chosen: Tensor,
+    iou: Tensor,
+    slopes: Tensor,
     logits: Tensor,
     predicted: Tensor,
     targets: Tensor,
@@ -86,8 +88,9 @@ def gradients(
     """Write the gradients of `losses` to `grad_logits` and `grad_predicted`, contiguous (other arguments: there).
 
     Args:
-        grad_total: float32 [N], contiguous, of `found.total` by way of the IoU head's error.
-        grad_lowest: the same by way of the chosen mask, and of `found.lowest`.
+        grad_total: float32 [N], contiguous, of `Losses.total` by way of the IoU head's error.
+        grad_lowest: the same by way of the chosen mask, and of `Losses.lowest`.
+        chosen, iou, slopes: of `Losses`.
     """
     (N, M), pixels = logits.shape[:2], logits.shape[2:].numel()
     gradients_kernel[(N, triton.cdiv(pixels, _TILE))](
@@ -95,7 +98,9 @@ def gradients(
         grad_predicted,
         grad_total,
         grad_lowest,
-        *found[2:],
+        chosen,
+        iou,
+        slopes,
         logits,
         predicted,
         targets,

@@ -22,7 +22,7 @@ _GRADIENTS_TILE = 2048  # two sums of its size are kept in registers
 _PROGRAMS = 512  # about as many as a Hopper GPU runs at once
 _SUMS_COLUMNS = 256
 _FEW = 1024  # rows that one launch adds up sooner than two
-_FEW_TILE, _FEW_COLUMNS = 4096, 16
+_FEW_COLUMNS = 16
 
 
 def normalise(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> None:
@@ -74,7 +74,7 @@ def _sums_of_few(x: Tensor) -> Tensor:
     rows, C = x.shape
     total = x.new_empty(C, dtype=torch.float32)
     if C:
-        constants = _few(C)
+        constants = _columns(C, _FEW_COLUMNS)
         grid = (1, triton.cdiv(C, constants["CHANNELS"]))
         sums_kernel[grid](total, x, rows, **constants, num_warps=4)
     return total
@@ -85,14 +85,9 @@ def _constants(C: int, tile: int) -> dict[str, Any]:
     return {"C": C, "CHANNELS": channels, "ROWS": max(1, tile // channels)}
 
 
-def _columns(C: int) -> dict[str, Any]:
-    channels = min(triton.next_power_of_2(C), _SUMS_COLUMNS)
+def _columns(C: int, most: int = _SUMS_COLUMNS) -> dict[str, Any]:
+    channels = min(triton.next_power_of_2(C), most)
     return {"C": C, "CHANNELS": channels, "ROWS": _TILE // channels}
-
-
-def _few(C: int) -> dict[str, Any]:
-    channels = min(triton.next_power_of_2(C), _FEW_COLUMNS)
-    return {"C": C, "CHANNELS": channels, "ROWS": _FEW_TILE // channels}
 
 
 @triton.jit
@@ -190,6 +185,7 @@ def variants(architecture: int) -> Iterator[Variant]:
     for C in (32, 256, 3072):
         signature = {"sums": "*fp32:16", "x": "*bf16:16", "rows": "i32"}
         yield Variant(f"sums of {C} columns", sums_kernel, signature, _columns(C), {"num_warps": 4})
+        few = _columns(C, _FEW_COLUMNS)
         for kind in ("bf16", "fp32"):
             signature = {"sums": "*fp32:16", "x": f"*{kind}:16", "rows": "i32"}
-            yield Variant(f"sums of {C} columns of few rows {kind}", sums_kernel, signature, _few(C), {"num_warps": 4})
+            yield Variant(f"sums of {C} columns of few rows {kind}", sums_kernel, signature, few, {"num_warps": 4})

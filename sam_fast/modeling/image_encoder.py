@@ -6,14 +6,18 @@ Kirillov et al., "Segment Anything", 2023, appendix A. Decomposed relative posit
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import handle_torch_function, has_torch_function
 
 from sam_fast.modeling.layers import DropPath, LayerNorm2d, MLPBlock
 
 _FINE = 9  # layers of a `ConvStem` up to its second stage: three convolutions, each with norm and activation
+
+grid_attention: ContextVar[Callable[..., Tensor | None] | None] = ContextVar("grid_attention", default=None)
 
 
 class ImageEncoderViT(nn.Module):
@@ -316,12 +320,12 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, H * W, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, H*W, d]
         if self.use_rel_pos:
-            x = attend_on_grid(q, k, v, *self._relative_bias(q, H, W), self.scale)
+            x = attend_on_grid(q, k, v, *self._relative_terms(q, H, W), self.scale)
         else:
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
 
-    def _relative_bias(self, q: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+    def _relative_terms(self, q: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
         """What relative positions add to the scores, by row and by column of the key: [B, heads, H, W, H], [..., W]."""
         B, heads, _, d = q.shape
         q = q.reshape(B, heads, H, W, d)
@@ -333,7 +337,7 @@ class Attention(nn.Module):
 def attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
     """Attention over a grid of H x W tokens, with biases by the row and by the column of a key.
 
-    A `TorchFunctionMode` sees it as one function, so that training can compute it without the sum of the biases.
+    Training may set `grid_attention` to what computes it without the sum of the biases, or says None where it does not.
 
     Args:
         q, k, v: [B, heads, H*W, d].
@@ -344,9 +348,10 @@ def attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: T
     Returns:
         [B, heads, H*W, d].
     """
-    given = (q, k, v, by_row, by_column)
-    if not torch.compiler.is_compiling() and has_torch_function(given):
-        return handle_torch_function(attend_on_grid, given, *given, scale)
+    instead = None if torch.compiler.is_compiling() else grid_attention.get()
+    found = None if instead is None else instead(q, k, v, by_row, by_column, scale)
+    if found is not None:
+        return found
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_on_grid(by_row, by_column), scale=scale)
 
 

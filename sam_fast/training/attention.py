@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sam_fast.modeling.image_encoder import attend_on_grid, bias_on_grid
 from sam_fast.training.watched import is_watched
 
 _FORMATS = (torch.float32, torch.bfloat16)
@@ -34,10 +33,6 @@ class FastAttention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if func is attend_on_grid:
-            *given, by_row, by_column, scale = args
-            args, kwargs = (*given, bias_on_grid(by_row, by_column)), {"scale": scale}
-            func = F.scaled_dot_product_attention
         if func is F.scaled_dot_product_attention and not captured:
             result = _attention(*args, **(kwargs or {}))
             if result is not None:

@@ -110,7 +110,8 @@ def prompt_loss(
     """The loss of one pass: only the best of the M masks of a prompt is trained, and the IoU head on all of them.
 
     M is 3 for a first, ambiguous prompt, and 1 (the fourth token) when a prompt consists of several. Computes in
-    float32, whatever it is given; on GPUs by `kernels/mask_sums.py`, where targets are bool and nothing is blended.
+    float32, whatever it is given. On GPUs `kernels/mask_sums.py` does, where targets are bool and nothing is blended:
+    then there are no gradients of gradients, and nothing given may be changed before `backward`.
 
     Args:
         logits: [N, M, H, W].
@@ -219,7 +220,7 @@ class _PromptLoss(torch.autograd.Function):
         valid = None if valid is None else valid.contiguous().view(torch.uint8)
         with torch.cuda.device_of(logits):
             found = losses(logits, predicted, targets, valid, _weights())
-        ctx.save_for_backward(logits, predicted, targets, valid, *found)
+        ctx.save_for_backward(logits, predicted, targets, valid, found.chosen, found.iou, found.slopes)
         ctx.mark_non_differentiable(found.chosen, found.iou)
         ctx.set_materialize_grads(False)
         return found.total, found.lowest, found.chosen, found.iou
@@ -229,7 +230,7 @@ class _PromptLoss(torch.autograd.Function):
     def backward(
         ctx: Any, grad_total: Tensor | None, grad_lowest: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        from sam_fast.kernels.mask_sums import Losses, gradients
+        from sam_fast.kernels.mask_sums import gradients
 
         if grad_total is None:
             if grad_lowest is None:
@@ -241,7 +242,7 @@ class _PromptLoss(torch.autograd.Function):
         grad_logits = logits.new_empty(logits.shape)
         grad_predicted = predicted.new_empty(predicted.shape)
         inputs = logits, predicted, targets, valid, _weights()
-        gradients(grad_logits, grad_predicted, total, lowest, Losses(*found), *inputs)
+        gradients(grad_logits, grad_predicted, total, lowest, *found, *inputs)
         return grad_logits, grad_predicted, None, None
 
 

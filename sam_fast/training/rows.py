@@ -11,15 +11,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sam_fast.modeling.image_encoder import attend_on_grid
+from sam_fast.modeling.image_encoder import grid_attention
 from sam_fast.ops.backend import triton_unavailable_reason
 from sam_fast.training.watched import is_watched
 
-_FEWEST = 32  # rows that are worth a kernel
+_FEWEST = 32  # rows that are worth a kernel; a guess
 _MANY = 64  # pixels: a tile of PyTorch's attention
 _WIDEST = 8192  # channels of a row that a program holds
 _HALVES = (torch.bfloat16, torch.float16)
-_LONG = 256  # keys whose biases take longer than wider heads
+_LONG = 256  # keys whose biases take longer than wider heads; a guess
 _WIDEST_HEAD = 256  # channels of PyTorch's attention
 _FORMATS = (torch.float32, *_HALVES)
 
@@ -29,7 +29,7 @@ class FastRows(TorchFunctionMode):
 
     Of `F.layer_norm` and `F.linear` those of `kernels/training_rows.py`; of `F.scaled_dot_product_attention` between
     few tokens and many pixels, in half precision, those of `kernels/few_tokens_attention.py`. Where `attend_on_grid` is
-    long, in half precision, its biases become channels.
+    long, in bfloat16, its biases become channels.
 
     What LayerNorm returns under autocast is in autocast's format, to which most of what reads it would round it anyway.
 
@@ -48,9 +48,15 @@ class FastRows(TorchFunctionMode):
             return _linear(*args, **(kwargs or {}))
         if func is F.scaled_dot_product_attention and len(args) == 3 and not kwargs:
             return _attention(*args)
-        if func is attend_on_grid:
-            return _attend_on_grid(*args)
         return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> FastRows:
+        self._before = grid_attention.set(_attend_on_grid)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        grid_attention.reset(self._before)
+        super().__exit__(*error)
 
 
 def _layer_norm(
@@ -91,8 +97,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return function.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
-def _attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor:
-    """`modeling.image_encoder.attend_on_grid` without its biases for each query and key, where these are many.
+def _attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor | None:
+    """`attend_on_grid` of `modeling/image_encoder.py` without biases for each query and key; None where these are few.
 
     scale [q, by_row / scale, by_column / scale] . [k, row of k, column of k], both as vectors of zeros and a one, is
     the product of q and k with the biases. Attention that takes no bias is the one that is quick to differentiate.
@@ -100,10 +106,9 @@ def _attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: 
     (H, W), d = by_row.shape[2:4], q.shape[-1]
     width = -(-(d + H + W) // 8) * 8
     biased = q, k, v, by_row, by_column
-    if H * W < _LONG or width > _WIDEST_HEAD or q.dtype not in _HALVES or any(x.dtype != q.dtype for x in biased):
-        return attend_on_grid(*biased, scale)
-    if not _are_plain(*biased):
-        return attend_on_grid(*biased, scale)
+    fits = H * W >= _LONG and width <= _WIDEST_HEAD and all(x.dtype == torch.bfloat16 for x in biased)
+    if not (fits and _are_plain(*biased)):
+        return None
     rows = torch.eye(H, dtype=k.dtype, device=k.device)[:, None].expand(H, W, H)
     columns = torch.eye(W, dtype=k.dtype, device=k.device).expand(H, W, W)
     places = torch.cat([rows, columns], 2).flatten(0, 1).expand(*k.shape[:3], H + W)

@@ -364,11 +364,12 @@ class _Meter:
             return None
         count = len(self.norms)
         means = torch.cat([torch.stack(self.statistics).mean(0), torch.stack(self.norms).mean()[None]])
+        values = self.world.mean(means).tolist()  # waits for the device, which recorded steps leave behind
         elapsed = time.perf_counter() - self.started
         images = count * self.config.batch_size * self.config.accumulate * self.world.size
         row = {
             "step": step,
-            **dict(zip((*self.names, "gradient_norm"), self.world.mean(means).tolist(), strict=True)),
+            **dict(zip((*self.names, "gradient_norm"), values, strict=True)),
             "learning_rate": lr,
             "step_seconds": elapsed / count,
             "data_seconds": self.waited / count,

@@ -182,7 +182,7 @@ def test_masks_without_gradients_are_not_read(kernels):
     grads = torch.full_like(logits, float("nan")), torch.full_like(predicted, float("nan"))
     upstream = torch.tensor([0.0, 1.0, 0.0], device=DEVICE)
     inputs = logits, predicted, targets.view(torch.uint8), None, module._weights()
-    mask_sums.gradients(*grads, upstream, upstream, found, *inputs)
+    mask_sums.gradients(*grads, upstream, upstream, *found[2:], *inputs)
     assert torch.equal(grads[0].ne(0).flatten(2).any(2), chosen) and all(grad.isfinite().all() for grad in grads)
 
 
@@ -231,6 +231,15 @@ def test_logits_that_are_not_finite(value, inside, counted, reference):
         assert loss.total[0].isfinite() and (loss.total[1].isnan() or value == float("inf"))
         if loss.total[1].isnan():
             assert not given.grad[1, loss.chosen[1], y, x].isfinite()
+
+
+def test_results_can_be_changed_in_place(kernels):
+    logits, *others = case(2, 3, 5, 7)
+    logits.requires_grad_()
+    loss = prompt_loss(logits, *others)
+    expected = torch.autograd.grad((2 * loss.total + 3 * loss.mask).sum(), logits, retain_graph=True)
+    found = torch.autograd.grad((loss.total.mul_(2) + loss.mask.mul_(3)).sum(), logits)
+    torch.testing.assert_close(found, expected)
 
 
 def test_runs_repeat_exactly(kernels):

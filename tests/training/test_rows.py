@@ -15,6 +15,7 @@ from rectangles import batch_of, error_of, gradients, tiny_sam
 from sam_fast.kernels.training_rows import column_sums
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from sam_fast.modeling import image_encoder
@@ -68,7 +69,7 @@ def test_layer_norm_of_channels_that_do_not_lie_together():
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(2, 700, 24), (1200, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 700, 24), (1200, 32), (2, 20, 32)], ids=str)
 def test_linear(shape, dtype):
     x, weight, bias = random(*shape, dtype=dtype), random(40, shape[-1], dtype=dtype), random(40, dtype=dtype)
     assert x[..., 0].numel() >= module._FEWEST
@@ -120,6 +121,26 @@ def test_attention_on_a_grid_that_is_left_to_pytorch(shape, channels, dtype, mon
     with FastRows():
         found = image_encoder.attend_on_grid(*given, channels**-0.5)
     assert bias.called and torch.equal(found, image_encoder.attend_on_grid(*given, channels**-0.5))
+
+
+def test_attention_on_a_grid_where_others_look():
+    """A mode of one's own sees PyTorch's attention, and compilation gets that."""
+    attention = image_encoder.Attention(32, 2, use_rel_pos=True, input_size=(16, 16)).to(DEVICE)
+    x = random(1, 16, 16, 32)
+    seen = []
+
+    class Look(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Look():
+        expected = attention(x)
+    assert F.scaled_dot_product_attention in seen
+    with FastRows(), torch.autocast(DEVICE.type, torch.bfloat16):
+        compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)(x)
+    assert relative_error(compiled.double(), expected.double()) < 0.02
+    assert image_encoder.grid_attention.get() is None
 
 
 def test_attention_on_a_grid_that_backward_computes_again():
@@ -211,9 +232,10 @@ def test_results_can_be_changed_in_place():
     )
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rows, columns", [(0, 5), (1, 1), (17, 300), (1024, 20), (1025, 20), (40_000, 3)])
-def test_column_sums(rows, columns):
-    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+def test_column_sums(rows, columns, dtype):
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).to(DEVICE, dtype)
     torch.testing.assert_close(column_sums(x).double(), x.double().sum(0), rtol=1e-5, atol=1e-3)
 
 

@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,6 +22,7 @@ from rectangles import TINY, Rectangles, tiny_sam
 from sam_fast import SamConfig, SamPredictor, build_sam_from_config
 from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import make_scene
+from sam_fast.training import run
 from sam_fast.training.config import TrainConfig
 from sam_fast.training.initialise import initialise_weights
 from sam_fast.training.logs import TrainingLog
@@ -359,3 +361,13 @@ def test_bad_data_is_named_in_a_line(tmp_path, kind, workers):
 def test_bad_settings(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         TrainConfig(**{"steps": 1, **change})
+
+
+def test_a_row_counts_the_wait_for_the_device():
+    """What recorded steps have left to it: a mean over processes is the first that waits."""
+    world = SimpleNamespace(size=1, mean=lambda values: time.sleep(0.2) or values)
+    meter = run._Meter(SimpleNamespace(log_every=2, steps=9, batch_size=3, accumulate=1), world, ["loss"])
+    for step in (1, 2):
+        meter.add(torch.tensor([float(step)]))
+        row = meter.finish(step, torch.tensor(1.0), lr=0.1, seconds=0.0)
+    assert row["loss"] == 1.5 and row["step_seconds"] >= 0.1 and row["images_per_second"] <= 30
