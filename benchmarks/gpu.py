@@ -12,8 +12,8 @@ Sections:
     cold     start of a process to the first mask
 Weights are seeded (`sam_fast.modeling.seeded`), so masks are arbitrary blobs.
 
-Peers: segment_anything in float32 (the reference) and bf16, transformers with SDPA (its encoder), segment-anything-fast
-(its encoder, compiled), and with --compile the official encoder under torch.compile(mode="max-autotune"); those that
+Peers: segment_anything in float32 (the reference) and bf16, transformers with SDPA (its encoder), and with --compile
+the official code and segment-anything-fast, both with an encoder under torch.compile(mode="max-autotune"); those that
 cannot be imported are left out. By PyTorch's defaults float32 products are free of TF32, and cuDNN's convolutions (an
 encoder has three) are not.
 
@@ -36,6 +36,7 @@ SECTIONS = ("encoder", "click", "decode", "post", "amg", "cold")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 _TEST_SECONDS = 150  # after which tests are stopped
 _TESTS_NEED = ("segment_anything", "hypothesis", "cv2", "pytest")
+_COMPILER_SETTINGS = "TORCHINDUCTOR_MAX_AUTOTUNE"  # environment variables that change what peers are compiled to
 _BUILT = "SAM_FAST_BENCHMARK_BUILT"  # set while the program runs a second time, after a build
 
 
@@ -53,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--points-per-side", type=int, default=32)
     parser.add_argument("--peers", help="a folder with more packages, put on sys.path: segment_anything, ...")
-    parser.add_argument("--compile", action="store_true", help="time the compiled official encoder, too (minutes)")
+    parser.add_argument("--compile", action="store_true", help="time compiled encoders of peers, too (minutes)")
     parser.add_argument("--quick", action="store_true", help="vit_b, batch 1, one size, no tests: 90 seconds")
     parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--seconds", type=float, default=0.6, help="that a series of repetitions takes, about")
@@ -160,7 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     passed = given.no_tests or run_tests(given.peers)
     torch.set_grad_enabled(False)
     device = torch.device(given.device)
-    command = shlex.join(["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    settings = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(_COMPILER_SETTINGS)]
+    words = ["python", "-m", "benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)]
+    command = shlex.join([*settings, *words])
     run = Run(
         device=device,
         output=given.output,

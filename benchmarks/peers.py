@@ -28,6 +28,7 @@ SEED = 3  # of 0 to 3, the seed whose masks are the most varied
 TINY = SamConfig(image_size=128, embed_dim=64, depth=2, num_heads=1, window_size=6, global_attn_indexes=(1,))
 CONFIGS = {"vit_b": VIT_B, "vit_l": VIT_L, "vit_h": VIT_H, "nano": NANO, "tiny": TINY}
 OURS, OFFICIAL = "sam_fast", "segment_anything 1.0"
+_FAST_BATCHES = 4  # of 64 prompts that segment-anything-fast decodes at once; all 16 hold 3072 masks at full size
 _OFFICIAL_BATCH = 64  # prompts that the official generator decodes at a time; more do not fit everywhere
 
 
@@ -227,14 +228,27 @@ def transformers(name: str, weights: dict[str, Tensor], device: torch.device, pr
 
 
 def segment_anything_fast(name: str, weights: dict[str, Tensor], device: torch.device) -> DevicePeer:
-    """segment-anything-fast: its image encoder in bf16, compiled."""
+    """segment-anything-fast: its image encoder in bf16, compiled, and its generator."""
     import segment_anything_fast as package
 
     model = package.sam_model_fast_registry[name]()
     for key, tensor in model.state_dict().items():
         tensor.copy_(weights[key.replace("_orig_mod.", "")])
     encoder = model.to(device).image_encoder
-    return DevicePeer("segment-anything-fast", "bf16", lambda pixels: encoder(pixels.bfloat16()).float())
+
+    def generator(side: int, iou: float, stability: float) -> Callable[[np.ndarray], list[dict]]:
+        return package.SamAutomaticMaskGenerator(
+            model,
+            points_per_side=side,
+            pred_iou_thresh=iou,
+            stability_score_thresh=stability,
+            process_batch_size=_FAST_BATCHES,
+        ).generate
+
+    def encode(pixels: Tensor) -> Tensor:
+        return encoder(pixels.bfloat16()).float()
+
+    return DevicePeer("segment-anything-fast", "bf16", encode, generator=generator)
 
 
 def peers_of(name: str, model: Sam, precisions: list[str], compiled: bool) -> Iterator[Callable[[], DevicePeer]]:
@@ -253,7 +267,7 @@ def peers_of(name: str, model: Sam, precisions: list[str], compiled: bool) -> It
             yield lambda: official(name, weights, device, "bf16 compiled")
     if importlib.util.find_spec("transformers") is not None:
         yield lambda: transformers(name, weights, device, "bf16")
-    if importlib.util.find_spec("segment_anything_fast") is not None and name.startswith("vit_"):
+    if compiled and importlib.util.find_spec("segment_anything_fast") is not None and name.startswith("vit_"):
         yield lambda: segment_anything_fast(name, weights, device)
 
 

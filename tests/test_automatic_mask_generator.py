@@ -11,7 +11,7 @@ from oracle import TINY, build_official, official, seed_weights
 from pycocotools import mask as coco
 from records import assert_same_mask, assert_same_records
 
-from sam_fast import SamAutomaticMaskGenerator, automatic_mask_generator, build_sam_from_config
+from sam_fast import SamAutomaticMaskGenerator, automatic_mask_generator, build_sam_from_config, sam_model_registry
 from sam_fast.utils.amg import MaskData, rle_to_mask
 
 # Thresholds that keep a good dozen of the seeded weights' masks and drop the others.
@@ -193,6 +193,32 @@ def test_out_of_memory_halves_the_batch(tiny_models, image, monkeypatch):
         assert_same_records(generator.generate(image), expected)
     assert len(warned) == 1  # for 64 -> 32 -> 16
     assert generator.points_per_batch == 64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_that_is_short_halves_the_batch(photo):
+    """Room for half of what a run took besides its model."""
+    gpu, found = torch.device("cuda", torch.cuda.current_device()), []
+    for limited in (False, True):
+        model = sam_model_registry["nano"]().to(gpu)
+        generator = SamAutomaticMaskGenerator(model, pred_iou_thresh=0.5, stability_score_thresh=0.5)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(gpu)
+        held = torch.cuda.memory_reserved(gpu)
+        if not limited:
+            found.append(generator.generate(photo))
+            taken = torch.cuda.max_memory_reserved(gpu) - held
+            continue
+        torch.cuda.set_per_process_memory_fraction((held + taken / 2) / torch.cuda.mem_get_info(gpu)[1], gpu)
+        try:
+            with pytest.warns(UserWarning, match="out of memory with points_per_batch=256"):
+                found.append(generator.generate(photo))
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+    whole, parts = found
+    assert len(whole) > 20 and abs(len(parts) - len(whole)) <= 0.02 * len(whole)
+    matches = [max((r["segmentation"] & o["segmentation"]).sum() / r["area"] for o in parts) for r in whole]
+    assert np.mean(matches) > 0.99
 
 
 def test_bits_of_few_masks_exist_at_a_time(tiny_models, image, monkeypatch):

@@ -48,7 +48,11 @@ def train(
     correction_weight: Annotated[
         float, typer.Option("--correction-weight", help="Weight of the loss of corrections; less while they are new.")
     ] = 1.0,
+    iou_weight: Annotated[float, typer.Option("--iou-weight", help="Weight of the loss of predicted IoU.")] = 1.0,
     box_share: Annotated[float, typer.Option("--box-share", help="Share of first prompts that are boxes.")] = 0.5,
+    centre_share: Annotated[
+        float, typer.Option("--centre-share", help="Share of points at the centre of an object, not anywhere on it.")
+    ] = 0.0,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 8e-4,
     schedule: Annotated[Schedule, typer.Option("--schedule", help="Learning rate after warm-up.")] = Schedule.step,
     warmup: Annotated[int, typer.Option("--warmup", help="Steps of linear warm-up.")] = 250,
@@ -102,7 +106,9 @@ def train(
         clicks=clicks,
         refined=refined,
         correction_weight=correction_weight,
+        iou_weight=iou_weight,
         box_share=box_share,
+        centre_share=centre_share,
         lr=lr,
         schedule=schedule.value,
         warmup=warmup,

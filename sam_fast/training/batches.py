@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sam_fast.data.sample import Sample, SampleSource
-from sam_fast.training.prompts import mask_boxes, noised_boxes, random_point
+from sam_fast.training.prompts import central_point, mask_boxes, noised_boxes, random_point
 
 _SAMPLES = 1000  # tried for one place of a batch: many may have no object
 _LOOKS = 20  # at a sample that is shown again: what is cut out of it may have no object
@@ -88,6 +88,7 @@ class TrainingBatches(Dataset[TrainingBatch]):
         prompts: K, objects per image; an image with fewer objects repeats them with other prompts.
         scale: side of a pixel of the logits in pixels of the model input, a quarter of a patch.
         smallest: pixels of the logits that an object must cover to be trained on.
+        centre_share: share of points that are `prompts.central_point`; the others lie anywhere on their object.
         seed: of everything random.
         rank, world_size: this process, and how many there are; their batches share no sample.
         length: how many batches there are.
@@ -108,6 +109,7 @@ class TrainingBatches(Dataset[TrainingBatch]):
         length: int,
         scale: int = 4,
         smallest: int = 1,
+        centre_share: float = 0.0,
         rank: int = 0,
         world_size: int = 1,
         augmentation: Augmentation | None = None,
@@ -123,6 +125,7 @@ class TrainingBatches(Dataset[TrainingBatch]):
         self.length = length
         self.scale = scale
         self.smallest = smallest
+        self.centre_share = centre_share
         self.rank = rank
         self.world_size = world_size
         self.augmentation = augmentation or Augmentation()
@@ -165,7 +168,14 @@ class TrainingBatches(Dataset[TrainingBatch]):
 
     def _prepare(self, sample: Sample, rng: np.random.Generator) -> tuple[np.ndarray, ...] | None:
         return prepare(
-            sample, self.side, self.prompts, self.augmentation, rng, scale=self.scale, smallest=self.smallest
+            sample,
+            self.side,
+            self.prompts,
+            self.augmentation,
+            rng,
+            scale=self.scale,
+            smallest=self.smallest,
+            centre_share=self.centre_share,
         )
 
     def _sample_index(self, position: int) -> int:
@@ -218,6 +228,7 @@ def prepare(
     *,
     scale: int = 4,
     smallest: int = 1,
+    centre_share: float = 0.0,
 ) -> tuple[np.ndarray, ...] | None:
     """One image of a batch: the fields of `TrainingBatch` without B.
 
@@ -234,7 +245,7 @@ def prepare(
         return None
     rounds = -(-prompts // len(usable))
     chosen = np.concatenate([rng.permutation(usable) for _ in range(rounds)])[:prompts]
-    points, tight = _points_and_boxes(sample.masks, counts, window, scale, chosen, rng)
+    points, tight = _points_and_boxes(sample.masks, counts, window, scale, chosen, rng, centre_share)
     boxes = noised_boxes(tight, side, rng)
     pixels = np.zeros((3, side, side), np.uint8)
     shown = window.cut_image(sample.image)
@@ -371,14 +382,21 @@ def _majority(counts: np.ndarray, scale: int) -> np.ndarray:
 
 
 def _points_and_boxes(
-    masks: np.ndarray, counts: np.ndarray, window: _Window, scale: int, chosen: np.ndarray, rng: np.random.Generator
+    masks: np.ndarray,
+    counts: np.ndarray,
+    window: _Window,
+    scale: int,
+    chosen: np.ndarray,
+    rng: np.random.Generator,
+    centre_share: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random point of each chosen mask, and its tight box, in the frame of a window.
+    """A point of each chosen mask, and its tight box, in the frame of a window.
 
     Args:
         masks: bool [N, H, W].
         counts: [N, s, s], see `_count_pixels`.
         chosen: int [K], which of the masks; each has pixels in the window.
+        centre_share: share of points that lie at the centre, see `TrainingBatches`.
 
     Returns:
         float32 [K, 2], (x, y), and float32 [K, 4], XYXY.
@@ -390,6 +408,14 @@ def _points_and_boxes(
     for mask, (left, top, right, bottom) in zip(distinct.tolist(), outer.tolist(), strict=True):
         crops.append(window.cut_mask(masks[mask], slice(top, bottom + scale), slice(left, right + scale)))
     corners = np.tile(outer[:, :2], 2).astype(np.float32)
-    points = np.stack([random_point(crops[place], rng) for place in places]) + corners[places, :2]
+    centred = rng.random(len(places)) < centre_share if centre_share > 0 else np.zeros(len(places), bool)
+    centres = {place: central_point(crops[place]) for place in np.unique(places[centred]).tolist()}
+    points = np.stack(
+        [
+            centres[place] if at_centre else random_point(crops[place], rng)
+            for place, at_centre in zip(places.tolist(), centred.tolist(), strict=True)
+        ]
+    )
+    points += corners[places, :2]
     boxes = np.concatenate([mask_boxes(crop[None]) for crop in crops]) + corners
     return points, boxes[places]

@@ -20,7 +20,9 @@ class TrainConfig:
         clicks: corrections per object after its first prompt.
         refined: objects per image that are corrected; None is all of them.
         correction_weight: weight of the loss of corrections; see `step.StepSettings`.
+        iou_weight: weight of the IoU head's loss; see `losses.prompt_loss`.
         box_share: share of first prompts that are boxes.
+        centre_share: share of points that lie at the centre of their object; see `batches.TrainingBatches`.
         lr: peak learning rate of AdamW.
         schedule: cosine, linear, step or constant; see `optim.learning_rate`.
         warmup: steps of linear warm-up.
@@ -55,7 +57,9 @@ class TrainConfig:
     clicks: int = 8
     refined: int | None = None
     correction_weight: float = 1.0
+    iou_weight: float = 1.0
     box_share: float = 0.5
+    centre_share: float = 0.0
     lr: float = 8e-4
     schedule: str = "step"
     warmup: int = 250
@@ -90,7 +94,7 @@ class TrainConfig:
         for name in ("clicks", "warmup", "workers", "loss_blend", "picture_every", "grouping_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("minutes", "grouping", "correction_weight"):
+        for name in ("minutes", "grouping", "correction_weight", "iou_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.refined is not None and self.refined < 1:
@@ -99,7 +103,7 @@ class TrainConfig:
             raise ValueError("grouping_steps need a grouping above 0, and an encoder that is trained")
         if self.precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be fp32 or bf16, got {self.precision!r}")
-        for name in ("box_share", "ema"):
+        for name in ("box_share", "centre_share", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in 0..1, got {getattr(self, name)}")
         if not 0 <= self.drop_path < 1:

@@ -105,7 +105,12 @@ def true_iou(logits: Tensor, targets: Tensor, valid: Tensor | None = None) -> Te
 
 
 def prompt_loss(
-    logits: Tensor, predicted_iou: Tensor, targets: Tensor, valid: Tensor | None = None, blend: float = 1.0
+    logits: Tensor,
+    predicted_iou: Tensor,
+    targets: Tensor,
+    valid: Tensor | None = None,
+    blend: float = 1.0,
+    iou_weight: float = IOU_WEIGHT,
 ) -> PromptLoss:
     """The loss of one pass: only the best of the M masks of a prompt is trained, and the IoU head on all of them.
 
@@ -119,9 +124,10 @@ def prompt_loss(
         targets: [N, H, W], 0 or 1.
         valid: [N, H, W], see `focal_loss`.
         blend: see `mask_loss`.
+        iou_weight: of the IoU head's squared error; 1 in the paper.
     """
     if blend == 1 and _kernels_take(logits, predicted_iou, targets, valid):
-        return PromptLoss(*_PromptLoss.apply(logits, predicted_iou, targets, valid))
+        return PromptLoss(*_PromptLoss.apply(logits, predicted_iou, targets, valid, iou_weight))
     logits, predicted_iou = logits.float(), predicted_iou.float()
     targets = targets[:, None].float()
     valid = None if valid is None else valid[:, None].float()
@@ -129,7 +135,7 @@ def prompt_loss(
     lowest, chosen = losses.min(dim=1)
     iou = true_iou(logits, targets, valid)
     iou_error = F.mse_loss(predicted_iou, iou, reduction="none").mean(dim=1)
-    return PromptLoss(total=lowest + IOU_WEIGHT * iou_error, mask=lowest, chosen=chosen, iou=iou)
+    return PromptLoss(total=lowest + iou_weight * iou_error, mask=lowest, chosen=chosen, iou=iou)
 
 
 def grouping_loss(
@@ -210,7 +216,7 @@ class _PromptLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, predicted: Tensor, targets: Tensor, valid: Tensor | None
+        ctx: Any, logits: Tensor, predicted: Tensor, targets: Tensor, valid: Tensor | None, iou_weight: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from sam_fast.kernels.mask_sums import losses
 
@@ -219,10 +225,11 @@ class _PromptLoss(torch.autograd.Function):
         targets = targets.contiguous().view(torch.uint8)
         valid = None if valid is None else valid.contiguous().view(torch.uint8)
         with torch.cuda.device_of(logits):
-            found = losses(logits, predicted, targets, valid, _weights())
+            found = losses(logits, predicted, targets, valid, _weights(iou_weight))
         ctx.save_for_backward(logits, predicted, targets, valid, found.chosen, found.iou, found.slopes)
         ctx.mark_non_differentiable(found.chosen, found.iou)
         ctx.set_materialize_grads(False)
+        ctx.iou_weight = iou_weight
         return found.total, found.lowest, found.chosen, found.iou
 
     @staticmethod
@@ -234,19 +241,19 @@ class _PromptLoss(torch.autograd.Function):
 
         if grad_total is None:
             if grad_lowest is None:
-                return None, None, None, None
+                return (None,) * 5
             grad_total = torch.zeros_like(grad_lowest)
         logits, predicted, targets, valid, *found = ctx.saved_tensors
         total = grad_total.contiguous()
         lowest = total if grad_lowest is None else total + grad_lowest
         grad_logits = logits.new_empty(logits.shape)
         grad_predicted = predicted.new_empty(predicted.shape)
-        inputs = logits, predicted, targets, valid, _weights()
+        inputs = logits, predicted, targets, valid, _weights(ctx.iou_weight)
         gradients(grad_logits, grad_predicted, total, lowest, *found, *inputs)
-        return grad_logits, grad_predicted, None, None
+        return grad_logits, grad_predicted, None, None, None
 
 
-def _weights() -> Any:
+def _weights(iou_weight: float) -> Any:
     from sam_fast.kernels.mask_sums import Weights
 
-    return Weights(FOCAL_ALPHA, FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT)
+    return Weights(FOCAL_ALPHA, FOCAL_WEIGHT, DICE_WEIGHT, iou_weight)

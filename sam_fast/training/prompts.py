@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam_fast.evaluation.protocol import centre_most
+
 BOX_NOISE = 0.1  # standard deviation, of the side of the box
 BOX_NOISE_LIMIT = 20 / 1024  # at most, of the side of the model input
+_CENTRED = 128  # pixels of a side beyond which a mask is looked at in steps, to find its centre
 
 
 def mask_boxes(masks: np.ndarray) -> np.ndarray:
@@ -49,6 +52,22 @@ def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     inside = np.flatnonzero(mask)
     row, column = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
     return np.array([column, row], np.float32)
+
+
+def central_point(mask: np.ndarray) -> np.ndarray:
+    """The pixel of a mask that is farthest from its outline, as `evaluation.protocol.centre_most`: [2] float32, (x, y).
+
+    Of a mask larger than 128 pixels only every second, third, ... row and column is looked at.
+
+    Args:
+        mask: bool [H, W], not empty; what lies beyond it counts as outside.
+    """
+    step = -(-max(mask.shape) // _CENTRED)
+    first = step // 2
+    seen = mask[first::step, first::step]
+    if not seen.any():
+        step, first, seen = 1, 0, mask
+    return np.array(centre_most(seen), np.float32) * step + first
 
 
 def error_clicks(

@@ -17,7 +17,7 @@ from sam_fast.runtime.upscaling import upscale_by_products
 from sam_fast.training.batches import TrainingBatch
 from sam_fast.training.decoding import Prompts, TrainedDecoder
 from sam_fast.training.layers import fast_layers
-from sam_fast.training.losses import PromptLoss, draw_anchors, grouping_loss, prompt_loss
+from sam_fast.training.losses import IOU_WEIGHT, PromptLoss, draw_anchors, grouping_loss, prompt_loss
 from sam_fast.training.prompts import error_clicks, plan_passes
 
 _ANCHORS = 48  # pixels of an image that others are compared with
@@ -35,6 +35,7 @@ class StepSettings:
         blend: see `losses.mask_loss`.
         correction_weight: weight of the passes after the first; 1 in the paper. Less, while they are new to a model,
             keeps their large gradients from undoing what it knows.
+        iou_weight: see `losses.prompt_loss`.
         grouping: weight of `losses.grouping_loss`.
         prompted: whether there are prompts at all; otherwise only the grouping is trained.
     """
@@ -44,6 +45,7 @@ class StepSettings:
     box_share: float = 0.5
     blend: float = 1.0
     correction_weight: float = 1.0
+    iou_weight: float = IOU_WEIGHT
     grouping: float = 0.0
     prompted: bool = True
 
@@ -271,13 +273,14 @@ class InteractiveStep:
         several, boxes = self.model.mask_decoder.num_multimask_outputs, settings.box_share > 0
         chosen = range(0 if boxes else 1, several + 1) if objects.single_prompt else range(1)
         logits, predicted = self._decode(embedding, objects, chosen)
+        against = objects.targets, objects.valid, settings.blend, settings.iou_weight
         joint = torch.zeros((), device=logits.device)
         if objects.single_prompt and boxes:
             # A box is hardly ambiguous, and is used with the single mask: train that too, as the paper does not.
             (one, logits), (its_iou, predicted) = (x.split((1, several), 1) for x in (logits, predicted))
-            single = prompt_loss(one, its_iou, objects.targets, objects.valid, settings.blend)
+            single = prompt_loss(one, its_iou, *against)
             joint = (single.total * objects.boxed).mean()
-        loss = prompt_loss(logits, predicted, objects.targets, objects.valid, settings.blend)
+        loss = prompt_loss(logits, predicted, *against)
         self._decoder.backward(scale * (joint + loss.total.mean()))
         return loss, logits.detach(), predicted.detach().float()
 

@@ -132,6 +132,18 @@ def test_gpu_equals_the_rule(gpu, poisoned_memory):
             assert kept.tolist() == nms_by_the_rule(boxes, scores, threshold), (name, threshold)
 
 
+def test_gpu_equals_torchvision(gpu):
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision, which has a non-maximum suppression, is missing")
+    for n in (1, 63, 1000, 3072):
+        boxes, scores = (
+            random_boxes(n, seed=n)[0],
+            torch.randperm(n, generator=torch.Generator().manual_seed(n)).float(),
+        )
+        kept = nms(boxes.to(gpu), scores.to(gpu), 0.5, backend="native")
+        assert n == 1 or len(kept) < n
+        assert torch.equal(kept, ops.nms(boxes.to(gpu), scores.to(gpu), 0.5))
+
+
 def test_gpu_orders_scores_as_the_cpu_does(gpu):
     scores = torch.tensor([NAN, 0.0, 1.0, -0.0, -INF, 1.0, NAN, INF, 1e-42, -1e-42, 3e38, -3e38])
     apart = torch.arange(float(len(scores)))[:, None] * 10 + torch.tensor([0.0, 0.0, 5.0, 5.0])

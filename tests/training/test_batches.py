@@ -10,6 +10,7 @@ from rectangles import Rectangles
 from torch.utils.data import DataLoader
 
 from sam_fast.data.sample import Sample
+from sam_fast.evaluation.protocol import centre_most
 from sam_fast.training import batches
 from sam_fast.training.batches import (
     Augmentation,
@@ -211,6 +212,21 @@ def test_targets_points_and_boxes_are_those_of_the_whole_window(height, width, f
         again = np.random.default_rng(3)
         assert np.array_equal(found[0], [random_point(padded[i], again) for i in chosen])
         assert np.array_equal(found[1], mask_boxes(padded[chosen]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_some_points_lie_at_the_centre(share):
+    sample = Rectangles().load(2)
+    prepared = prepare(sample, 64, 300, Augmentation(), np.random.default_rng(0), centre_share=share)
+    centres = np.array([centre_most(mask) for mask in sample.masks])
+    points, boxes = prepared[3], prepared[4]
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    own = np.abs(centres - middle[:, None]).sum(2).argmin(1)
+    assert set(own.tolist()) == {0, 1, 2}
+    found = np.mean((points == centres[own]).all(1))
+    assert found == pytest.approx(share, abs=0.1)
+    assert found == 1 if share == 1 else found < 0.7
+    assert sample.masks[:, points[:, 1].astype(int), points[:, 0].astype(int)].any(0).all()
 
 
 def test_samples_without_objects_are_replaced():

@@ -142,6 +142,16 @@ def test_nothing_in_the_target_and_no_pixel_that_counts(logit, kernels):
     assert (ious[1] == 1).all() and (ious[0] == float(logit < 0)).all()
 
 
+@pytest.mark.parametrize("weight", [0.0, 3.0])
+def test_weight_of_the_iou_head(weight, kernels):
+    logits, predicted, targets, valid = case(2, 3, 9, 11)
+    plain = prompt_loss(logits, predicted, targets, valid)
+    loss = prompt_loss(logits, predicted.requires_grad_(), targets, valid, iou_weight=weight)
+    torch.testing.assert_close(loss.total, plain.mask + weight * (plain.total - plain.mask))
+    (gradient,) = torch.autograd.grad(loss.total.sum(), predicted)
+    torch.testing.assert_close(gradient, weight * 2 / 3 * (predicted - plain.iou).detach())
+
+
 @pytest.mark.parametrize("first, last", [(0, 1), (1, 4), (3, 4)])
 def test_some_masks_of_more(first, last, kernels):
     logits, predicted, *rest = case(2, 4, 9, 11)
@@ -175,13 +185,13 @@ def test_gradients_that_are_zero_are_exactly_zero(kernels):
 def test_masks_without_gradients_are_not_read(kernels):
     """What is read here is NaN, and what is written was: only one mask of the second prompt is needed."""
     logits, predicted, targets, _ = case(3, 3, 50, 60)
-    found = mask_sums.losses(logits, predicted, targets.view(torch.uint8), None, module._weights())
+    found = mask_sums.losses(logits, predicted, targets.view(torch.uint8), None, module._weights(module.IOU_WEIGHT))
     chosen = F.one_hot(found.chosen, 3).bool()
     chosen[[0, 2]] = False
     logits[~chosen] = float("nan")
     grads = torch.full_like(logits, float("nan")), torch.full_like(predicted, float("nan"))
     upstream = torch.tensor([0.0, 1.0, 0.0], device=DEVICE)
-    inputs = logits, predicted, targets.view(torch.uint8), None, module._weights()
+    inputs = logits, predicted, targets.view(torch.uint8), None, module._weights(module.IOU_WEIGHT)
     mask_sums.gradients(*grads, upstream, upstream, *found[2:], *inputs)
     assert torch.equal(grads[0].ne(0).flatten(2).any(2), chosen) and all(grad.isfinite().all() for grad in grads)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sam_fast.training.prompts import error_clicks, mask_boxes, noised_boxes, plan_passes, random_point
+from sam_fast.evaluation.protocol import centre_most
+from sam_fast.training.prompts import central_point, error_clicks, mask_boxes, noised_boxes, plan_passes, random_point
 
 
 def rectangle(y0: int, y1: int, x0: int, x1: int, side: int = 64) -> np.ndarray:
@@ -49,6 +50,24 @@ def test_random_points_are_uniform_on_the_mask():
     points = [tuple(random_point(mask, rng)) for _ in range(400)]
     assert set(points) == {(5.0, 2.0), (0.0, 7.0)}
     assert 140 < points.count((5.0, 2.0)) < 260
+
+
+def test_central_points_are_those_of_an_evaluation():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        y, x, height, width = rng.integers(1, 60, 4)
+        mask = rectangle(y, y + height, x, x + width, side=128) | (rng.random((128, 128)) < 0.01)
+        assert tuple(central_point(mask)) == centre_most(mask)
+
+
+def test_central_points_of_large_masks_are_nearly_so():
+    mask = np.zeros((500, 1000), bool)
+    mask[100:301, 200:601] = mask[300:, 700:760] = True  # 201 x 401 pixels, and a smaller piece
+    x, y = central_point(mask)
+    assert abs(y - 200) <= 4 and 300 - 4 <= x <= 500 + 4 and mask[int(y), int(x)]
+    thin = np.zeros((500, 1000), bool)
+    thin[:, 0] = True  # where no step of 8 looks
+    assert central_point(thin)[0] == 0
 
 
 def clicks(logits, targets, valid=None, seed=0):
