@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -33,6 +34,13 @@ _METHODS = ("sam", "grabcut", "random_walker")
 _GENERATOR = "Mask generator, for --amg"
 
 
+class FirstClick(str, Enum):
+    """Where the simulated user clicks first."""
+
+    centre = "centre"
+    random = "random"
+
+
 def evaluate_command(
     context: typer.Context,
     results: Annotated[
@@ -58,6 +66,9 @@ def evaluate_command(
     images: Annotated[int | None, typer.Option("--images", min=1, help="Only the first ones; all by default.")] = None,
     objects: Annotated[int, typer.Option("--objects", min=0, help="Objects prompted in each image; 0: all.")] = 1,
     clicks: Annotated[bool, typer.Option("--clicks/--no-clicks", help="1, 2, 3, 5 and 9 simulated clicks.")] = True,
+    first_click: Annotated[
+        FirstClick, typer.Option("--first-click", help="Where the first click lies on its object.")
+    ] = FirstClick.centre,
     box: Annotated[bool, typer.Option("--box/--no-box", help="The tight box of the object.")] = True,
     amg: Annotated[
         bool, typer.Option("--amg/--no-amg", help="Average recall of automatic masks, on all objects of an image.")
@@ -106,6 +117,7 @@ def evaluate_command(
         kinds = {"clicks": clicks, "box": box, "everything": amg}
         settings = EvaluationSettings(
             prompts=tuple(kind for kind, wanted in kinds.items() if wanted),
+            first_click=first_click.value,
             objects_per_image=objects or None,
             max_images=images,
             seed=seed,

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from sam_fast.evaluation.metrics import (
     match_ranks,
     pairwise_iou,
 )
-from sam_fast.evaluation.protocol import Click, next_click, tight_box
+from sam_fast.evaluation.protocol import CENTRE, RANDOM, Click, next_click, random_pixel, tight_box
 from sam_fast.evaluation.results import Results, provenance
 
 _DIGEST_LETTERS = 16
@@ -39,6 +40,7 @@ class EvaluationSettings:
         prompts: of "clicks", "box" and "everything" those that are measured, as far as the method answers them.
         clicks: after how many clicks the IoU is taken.
         boundary_clicks: after how many of them the boundary IoU is taken as well.
+        first_click: where the first one lies: at the "centre" of the object, or anywhere on it, "random" by the seed.
         objects_per_image: how many objects of an image are prompted, None for all; "everything" is measured on all.
         max_images: only the first ones of the source; None for all.
         seed: of the draw of objects.
@@ -52,6 +54,7 @@ class EvaluationSettings:
     prompts: tuple[str, ...] = (CLICKS, BOX)
     clicks: tuple[int, ...] = (1, 2, 3, 5, 9)
     boundary_clicks: tuple[int, ...] = (1, 5)
+    first_click: str = CENTRE
     objects_per_image: int | None = 1
     max_images: int | None = None
     seed: int = 0
@@ -66,6 +69,8 @@ class EvaluationSettings:
             raise ValueError(
                 f"clicks must be positive and contain boundary_clicks, got {self.clicks} and {self.boundary_clicks}"
             )
+        if self.first_click not in (CENTRE, RANDOM):
+            raise ValueError(f"first_click must be centre or random, got {self.first_click!r}")
         for name in ("objects_per_image", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,6 +135,8 @@ def evaluate(
 def protocol_of(source: SampleSource, method: Method, settings: EvaluationSettings, data: str) -> dict[str, Any]:
     """Everything besides the method that fixes the results, as JSON values: settings, data and number of images."""
     plain = {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(settings).items()}
+    if settings.first_click == CENTRE:
+        del plain["first_click"]  # which earlier releases did not write: their results stay valid
     kinds = [kind for kind in (CLICKS, BOX, EVERYTHING) if kind in settings.prompts and kind in method.prompts]
     return {**plain, "prompts": kinds, "data": data, "images": _count(source, settings)}
 
@@ -154,7 +161,7 @@ def _measure_image(
     for number in _add_to_digest(measured.digest, sample, index, settings):
         truth = sample.masks[number]
         row: dict[str, Any] = {"image": sample.name, "object": number, "area": int(np.count_nonzero(truth))}
-        for kind, measure in ((CLICKS, _clicks), (BOX, _box)):
+        for kind, measure in ((CLICKS, partial(_clicks, place=(index, number))), (BOX, _box)):
             if kind in kinds:
                 started = time.perf_counter()
                 row.update(measure(truth, method, settings))
@@ -169,24 +176,35 @@ def _measure_image(
 
 
 def _add_to_digest(digest: Any, sample: Sample, index: int, settings: EvaluationSettings) -> list[int]:
-    """Draw the objects of an image that are prompted, and hash it and them; returns their numbers."""
+    """Draw the objects of an image that are prompted, and hash it, them and how they are; returns their numbers."""
     rng = np.random.default_rng([settings.seed, index])
     chosen = choose_masks(len(sample.masks), settings.objects_per_image, rng).tolist()
     name = sample.name.encode(errors="surrogateescape")  # a file's, which need not be UTF-8
     digest.update(name + f" {sample.image.shape}".encode() + sample.image.tobytes())
+    if settings.first_click != CENTRE:
+        digest.update(settings.first_click.encode())
     for number in chosen:
         truth = sample.masks[number]
         digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())
     return chosen
 
 
-def _clicks(truth: np.ndarray, method: Method, settings: EvaluationSettings) -> dict[str, Any]:
-    """Values of one object: click_<n>, boundary_click_<n>, click_1_oracle, scores and ious of the first candidates."""
+def _first_click(truth: np.ndarray, settings: EvaluationSettings, place: tuple[int, int]) -> Click | None:
+    if settings.first_click == CENTRE:
+        return next_click(truth)
+    return Click(*random_pixel(truth, np.random.default_rng([settings.seed, *place])), 1)
+
+
+def _clicks(truth: np.ndarray, method: Method, settings: EvaluationSettings, place: tuple[int, int]) -> dict[str, Any]:
+    """Values of the object at a place (image, object).
+
+    These are click_<n>, boundary_click_<n>, click_1_oracle, scores and ious of the first candidates.
+    """
     values: dict[str, Any] = {}
     clicks: list[Click] = []
     answer: Answer | None = None
     for number in range(1, max(settings.clicks) + 1):
-        click = next_click(truth, None if answer is None else answer.mask)
+        click = _first_click(truth, settings, place) if answer is None else next_click(truth, answer.mask)
         if click is not None:  # otherwise nothing is wrong, and the answer stays
             clicks.append(click)
             answer = method.click(clicks, answer)

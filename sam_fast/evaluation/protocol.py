@@ -1,7 +1,8 @@
 """The user that an evaluation simulates: where it clicks, and which box it draws.
 
 Clicks follow the paper (Kirillov et al., "Segment Anything", 2023, section 7.1): the first one at the point of the
-object that is farthest from its outline, each next one at such a point of the largest error region.
+object that is farthest from its outline, each next one at such a point of the largest error region. The paper also
+measures first clicks anywhere on the object (figure 9d).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from sam_fast.evaluation.distance import squared_distance
 from sam_fast.ops.connected_components import connected_components
 from sam_fast.ops.packed_masks import pack_masks
+
+CENTRE, RANDOM = "centre", "random"  # where a first click lies on its object
 
 
 class Click(NamedTuple):
@@ -54,6 +57,13 @@ def centre_most(mask: np.ndarray) -> tuple[int, int]:
     distance = squared_distance(mask[y0 : y1 + 1, x0 : x1 + 1])
     y, x = np.unravel_index(distance.argmax(), distance.shape)
     return x0 + int(x), y0 + int(y)
+
+
+def random_pixel(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """A pixel (x, y) of a mask, bool [H, W], not empty, drawn uniformly."""
+    inside = np.flatnonzero(mask)
+    y, x = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
+    return x, y
 
 
 def largest_region(masks: np.ndarray) -> tuple[int, np.ndarray]:

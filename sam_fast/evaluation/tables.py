@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
+from sam_fast.evaluation.protocol import RANDOM
 from sam_fast.evaluation.results import Results
 
 _LABELS = {
@@ -81,7 +82,8 @@ def markdown_table(results: Sequence[Results]) -> str:
 def _described(result: Results) -> str:
     where = result.protocol["data"] or "data"
     images, objects = result.counts["images"], result.counts["objects"]
-    return f"{objects} objects of {images} images, {where}, seed {result.protocol['seed']}"
+    first = ", first clicks at random" if result.protocol.get("first_click") == RANDOM else ""
+    return f"{objects} objects of {images} images, {where}, seed {result.protocol['seed']}{first}"
 
 
 def _number(key: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_fast.evaluation.protocol import centre_most
+from sam_fast.evaluation.protocol import centre_most, random_pixel
 
 BOX_NOISE = 0.1  # standard deviation, of the side of the box
 BOX_NOISE_LIMIT = 20 / 1024  # at most, of the side of the model input
@@ -49,9 +49,7 @@ def noised_boxes(boxes: np.ndarray, side: int, rng: np.random.Generator) -> np.n
 
 def random_point(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A foreground pixel of a mask, bool [H, W], not empty, drawn uniformly: [2] float32, (x, y)."""
-    inside = np.flatnonzero(mask)
-    row, column = divmod(int(inside[rng.integers(len(inside))]), mask.shape[1])
-    return np.array([column, row], np.float32)
+    return np.array(random_pixel(mask, rng), np.float32)
 
 
 def central_point(mask: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from evaluation.drawings import Drawings, Knowing
 from sam_fast import SamPredictor
 from sam_fast.data.sample import Sample
 from sam_fast.evaluation.evaluate import EvaluationSettings, evaluate
-from sam_fast.evaluation.methods import SamMethod, _rank, weights_digest
+from sam_fast.evaluation.methods import Answer, SamMethod, _rank, weights_digest
 from sam_fast.evaluation.metrics import mask_iou
-from sam_fast.evaluation.protocol import next_click, tight_box
+from sam_fast.evaluation.protocol import Click, next_click, tight_box
 from sam_fast.evaluation.results import Results
+from sam_fast.evaluation.tables import heading
 from sam_fast.modeling import Sam
 
 ALL = EvaluationSettings(prompts=("clicks", "box", "everything"), objects_per_image=None)
@@ -80,6 +82,36 @@ def test_digest_tells_objects_apart() -> None:
     assert len({*different, digest(Drawings(size=(50, 64)))}) == 4
 
 
+def test_first_clicks_anywhere() -> None:
+    """Each object has its own, which the seed decides, and later ones are as they are after any other."""
+
+    class Nothing(Knowing):
+        def click(self, clicks: Sequence[Click], previous: Answer | None) -> Answer:
+            self.clicked.append(tuple(clicks))
+            return Answer(np.zeros_like(self.masks[0]), np.zeros_like(self.masks[:1]))
+
+    def clicked(**settings: Any) -> tuple[list[tuple[Click, ...]], Results]:
+        method = Nothing(Drawings())
+        chosen = EvaluationSettings(prompts=("clicks",), clicks=(1, 2), boundary_clicks=(), **settings)
+        results = evaluate(Drawings(), method, replace(chosen, objects_per_image=None))
+        return [clicks for clicks in method.clicked if len(clicks) == 2], results
+
+    (central, at_centre), (found, results), (again, _), (other, _) = (
+        clicked(**settings)
+        for settings in ({}, {"first_click": "random"}, {"first_click": "random"}, {"first_click": "random", "seed": 1})
+    )
+    assert found == again != other and found != central
+    samples = [Drawings().load(i) for i in range(4)]
+    truths = [mask for sample in samples for mask in sample.masks]
+    assert len(truths) == len(found) == 9
+    for truth, (first, second) in zip(truths, found, strict=True):
+        assert truth[first.y, first.x] and first.label == 1
+        assert second == next_click(truth)
+    assert "first_click" not in at_centre.protocol and results.protocol["first_click"] == "random"
+    assert results.digest != at_centre.digest, "so that they are not put into one table"
+    assert heading([results]).endswith("seed 0, first clicks at random") and heading([at_centre]).endswith("seed 0")
+
+
 def test_digest_tells_images_apart() -> None:
     """Also where the masks are the same: scenes of another release, say."""
 
@@ -109,6 +141,7 @@ def test_names_need_not_be_utf8(tmp_path: Path) -> None:
         ({"prompts": ()}, "clicks, box and everything"),
         ({"clicks": (0, 1)}, "clicks must be positive"),
         ({"boundary_clicks": (4,)}, "contain boundary_clicks"),
+        ({"first_click": "left"}, "first_click must be centre or random, got 'left'"),
         ({"objects_per_image": 0}, "objects_per_image must be positive"),
         ({"max_images": 0}, "max_images must be positive"),
     ],
