@@ -5,6 +5,8 @@ What is exact algebra here (up to rounding the numbers are those of `modeling.Im
 * Keys need no bias: it adds the same to all scores of a query. The values' bias comes out of the attention as it is and
   goes through the projection: proj.bias + proj.weight v.bias. Tokens of padding then are zero, so that windows are read
   in place.
+* The bias of a block's LayerNorm is the same for all tokens, and goes through the next layer into its bias: rows are
+  rounded without it. (Padding of windows, which passes no LayerNorm, does not get it there either.)
 * Queries are scaled by 1 / sqrt(d) and log2(e) in their weights, and relative positions, which see queries unscaled, by
   the inverse.
 * Biases of `proj` and `lin2` are the same for all tokens: they are left out of the residual stream, and what has
@@ -255,26 +257,26 @@ def _pack_block(block: Block, left_out: Tensor, dtype: torch.dtype, e4m3: bool) 
     query_scale = (C // heads) ** -0.5 / _LN2
     weight = attention.qkv.weight.detach().float().clone()
     weight[:C] *= query_scale
-    bias = torch.zeros(3 * C, device=weight.device)
     proj = attention.proj.weight.detach()
-    norm1 = _pack_norm(block.norm1, left_out)
+    norm1, through1 = _without_bias(_pack_norm(block.norm1, left_out))
+    bias = weight @ through1
     if attention.proj.bias is not None:
         left_out = left_out + attention.proj.bias.detach().float()
     if attention.qkv.bias is not None:
         given = attention.qkv.bias.detach().float()
-        bias[:C] = given[:C] * query_scale
+        bias[:C] += given[:C] * query_scale
         left_out = left_out + proj.float() @ given[2 * C :]
     rel_pos = None
     if attention.use_rel_pos:
         tables = attention.rel_pos_h, attention.rel_pos_w
         rel_h, rel_w = ((table.detach().float() / query_scale).to(dtype) for table in tables)
         rel_pos = rel_h, rel_w
-    norm2 = _pack_norm(block.norm2, left_out)
+    norm2, through2 = _without_bias(_pack_norm(block.norm2, left_out))
     if perceptron.lin2.bias is not None:
         left_out = left_out + perceptron.lin2.bias.detach().float()
-    lin1_bias = torch.zeros(perceptron.lin1.out_features, device=weight.device, dtype=dtype)
+    lin1_bias = perceptron.lin1.weight.detach().float() @ through2
     if perceptron.lin1.bias is not None:
-        lin1_bias = perceptron.lin1.bias.detach().to(dtype)
+        lin1_bias = lin1_bias + perceptron.lin1.bias.detach().float()
     packed = PackedBlock(
         norm1,
         _pack_weight(weight, dtype, e4m3),
@@ -285,7 +287,7 @@ def _pack_block(block: Block, left_out: Tensor, dtype: torch.dtype, e4m3: bool) 
         _pack_weight(proj, dtype, False),
         norm2,
         _pack_weight(perceptron.lin1.weight.detach(), dtype, e4m3),
-        lin1_bias,
+        lin1_bias.to(dtype),
         _pack_weight(perceptron.lin2.weight.detach(), dtype, e4m3),
     )
     return packed, left_out
@@ -294,6 +296,11 @@ def _pack_block(block: Block, left_out: Tensor, dtype: torch.dtype, e4m3: bool) 
 def _pack_norm(norm: nn.Module, shift: Tensor | None) -> Norm:
     assert isinstance(norm, (nn.LayerNorm, LayerNorm2d))
     return Norm(norm.weight.detach().float(), norm.bias.detach().float(), norm.eps, shift)
+
+
+def _without_bias(norm: Norm) -> tuple[Norm, Tensor]:
+    """The norm without its bias, and the bias."""
+    return norm._replace(bias=torch.zeros_like(norm.bias)), norm.bias
 
 
 def _pack_weight(weight: Tensor, dtype: torch.dtype, e4m3: bool) -> Weight:
