@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sam_fast.modeling import Sam
-from sam_fast.modeling.image_encoder import Block, ImageEncoderViT, resize_absolute_positions, resize_relative_positions
+from sam_fast.modeling.image_encoder import Block, ImageEncoderViT
+from sam_fast.modeling.positions import resize_absolute_positions, resize_relative_positions
 
 try:
     import fcntl

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sam_fast.modeling.image_encoder import Attention, Block, ImageEncoderViT, resize_relative_positions
+from sam_fast.modeling.image_encoder import Attention, Block, ImageEncoderViT
 from sam_fast.modeling.layers import MLPBlock
+from sam_fast.modeling.positions import resize_relative_positions
 from sam_fast.ops.gelu import gelu_
 from sam_fast.ops.rel_pos_attention import rel_pos_attention
 from sam_fast.runtime.linears import BlockLinears, block_linears

@@ -36,10 +36,9 @@ from sam_fast.modeling.image_encoder import (
     ConvStem,
     ImageEncoderViT,
     PatchEmbed,
-    resize_absolute_positions,
-    resize_relative_positions,
 )
 from sam_fast.modeling.layers import LayerNorm2d
+from sam_fast.modeling.positions import resize_absolute_positions, resize_relative_positions
 from sam_fast.ops.layer_norm import layer_norm, layer_norm_e4m3
 from sam_fast.ops.quantise import quantise, quantise_reference
 from sam_fast.ops.rel_pos_attention import rel_pos_attention

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from sam_fast.checkpoints import checkpoint_file, read_state_dict, write_tensors
 from sam_fast.modeling import Sam
-from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT, resize_absolute_positions
+from sam_fast.modeling.image_encoder import Block, ConvStem, ImageEncoderViT
+from sam_fast.modeling.positions import resize_absolute_positions
 from sam_fast.training.initialise import sine_positions
 from sam_fast.utils.files import replace_file
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from sam_fast.modeling.image_encoder import grid_attention
+from sam_fast.modeling.positions import grid_attention
 from sam_fast.ops.backend import triton_unavailable_reason
 from sam_fast.training.watched import is_watched
 
@@ -98,7 +98,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_on_grid(q: Tensor, k: Tensor, v: Tensor, by_row: Tensor, by_column: Tensor, scale: float) -> Tensor | None:
-    """`attend_on_grid` of `modeling/image_encoder.py` without biases for each query and key; None where these are few.
+    """`attend_on_grid` of `modeling/positions.py` without biases for each query and key; None where these are few.
 
     scale [q, by_row / scale, by_column / scale] . [k, row of k, column of k], both as vectors of zeros and a one, is
     the product of q and k with the biases. Attention that takes no bias is the one that is quick to differentiate.

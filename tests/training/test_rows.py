@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from sam_fast.modeling import image_encoder
+from sam_fast.modeling import image_encoder, positions
 from sam_fast.training import rows as module
 from sam_fast.training import step
 from sam_fast.training.layers import fast_layers
@@ -97,11 +97,11 @@ def test_attention_on_a_grid(shape, channels, monkeypatch):
     given = [random(1, 2, tokens, channels + i, dtype=torch.bfloat16)[..., i:] for i in range(3)]
     given += [random(1, 2, H, W, size, dtype=torch.bfloat16) for size in (H, W)]
     inputs = [x.detach().double().requires_grad_() for x in given]
-    attend = partial(image_encoder.attend_on_grid, scale=channels**-0.5)
+    attend = partial(positions.attend_on_grid, scale=channels**-0.5)
     expected = results(attend, *inputs)
     without = inputs[3] * 0, inputs[4]
     assert relative_error(attend(*inputs[:3], *without), expected[0]) > 0.1, "biases matter"
-    monkeypatch.delattr(image_encoder, "bias_on_grid")
+    monkeypatch.delattr(positions, "bias_on_grid")
     with FastRows():
         found = results(attend, *(x.detach().requires_grad_() for x in given))
     for name, one, other in zip(("result", "q", "k", "v", "by row", "by column"), found, expected, strict=True):
@@ -116,11 +116,11 @@ def test_attention_on_a_grid_that_is_left_to_pytorch(shape, channels, dtype, mon
     (H, W), tokens = shape, shape[0] * shape[1]
     given = [random(1, 2, tokens, channels, dtype=dtype) for _ in range(3)]
     given += [random(1, 2, H, W, size, dtype=dtype) for size in (H, W)]
-    bias = Mock(wraps=image_encoder.bias_on_grid)
-    monkeypatch.setattr(image_encoder, "bias_on_grid", bias)
+    bias = Mock(wraps=positions.bias_on_grid)
+    monkeypatch.setattr(positions, "bias_on_grid", bias)
     with FastRows():
-        found = image_encoder.attend_on_grid(*given, channels**-0.5)
-    assert bias.called and torch.equal(found, image_encoder.attend_on_grid(*given, channels**-0.5))
+        found = positions.attend_on_grid(*given, channels**-0.5)
+    assert bias.called and torch.equal(found, positions.attend_on_grid(*given, channels**-0.5))
 
 
 def test_attention_on_a_grid_where_others_look():
@@ -140,14 +140,14 @@ def test_attention_on_a_grid_where_others_look():
     with FastRows(), torch.autocast(DEVICE.type, torch.bfloat16):
         compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)(x)
     assert relative_error(compiled.double(), expected.double()) < 0.02
-    assert image_encoder.grid_attention.get() is None
+    assert positions.grid_attention.get() is None
 
 
 def test_attention_on_a_grid_that_backward_computes_again():
     """Outside of the mode, so it must have been PyTorch's within it."""
     given = [random(1, 2, 256, 16, dtype=torch.bfloat16) for _ in range(3)]
     given += [random(1, 2, 16, 16, 16, dtype=torch.bfloat16) for _ in range(2)]
-    attend = partial(image_encoder.attend_on_grid, scale=0.25)
+    attend = partial(positions.attend_on_grid, scale=0.25)
     expected = results(attend, *given)
     with FastRows():
         found = results(lambda *inputs: checkpoint(attend, *inputs, use_reentrant=False), *given)
@@ -162,7 +162,7 @@ def test_an_encoder_in_half_precision_attends_on_grids(monkeypatch):
         parameter.data = torch.randn(parameter.shape, generator=generator).to(DEVICE) * 0.3
     x = random(1, 16, 16, 32)
     expected = results(lambda x: copy.deepcopy(attention).double()(x), x.detach().double().requires_grad_())
-    monkeypatch.delattr(image_encoder, "bias_on_grid")
+    monkeypatch.delattr(positions, "bias_on_grid")
     with FastRows(), torch.autocast(DEVICE.type, torch.bfloat16):
         found = results(attention, x)
     assert relative_error(found[0].double(), expected[0]) < 0.02
