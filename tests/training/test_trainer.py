@@ -23,6 +23,7 @@ from sam_fast import SamConfig, SamPredictor, build_sam_from_config
 from sam_fast.data.sample import Sample
 from sam_fast.data.scenes import make_scene
 from sam_fast.training import run
+from sam_fast.training.batches import Augmentation, TrainingBatches
 from sam_fast.training.config import TrainConfig
 from sam_fast.training.initialise import initialise_weights
 from sam_fast.training.logs import TrainingLog
@@ -45,6 +46,9 @@ CONFIG = TrainConfig(
     picture_every=4,
     workers=0,
 )
+
+
+BATCHES = dict(side=64, batch_size=2, prompts=3, seed=0, length=1, augmentation=Augmentation(flip=True))
 
 
 def train(output: Path, config: TrainConfig = CONFIG, source=None, **options) -> Trainer:
@@ -239,6 +243,21 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     assert difference < 0.02
 
 
+def test_prompts_and_losses_are_as_the_settings_say(tmp_path):
+    """Where points lie, and how much the IoU head's error weighs, which shows in the loss of the first step alone."""
+    config = replace(CONFIG, steps=1, clicks=0, drop_path=0.0, box_share=0.0, loss_blend=0, picture_every=0)
+    centred = Trainer(tiny_sam(), Rectangles(), replace(config, centre_share=1.0), tmp_path / "centred")
+    points = centred.batches(1)[0].points
+    assert torch.equal(points, TrainingBatches(Rectangles(), **BATCHES, centre_share=1.0)[0].points)
+    assert not torch.equal(points, TrainingBatches(Rectangles(), **BATCHES)[0].points)
+    losses = []
+    for weight in (0.0, 1.0, 3.0):
+        train(tmp_path / str(weight), replace(config, iou_weight=weight))
+        with open(tmp_path / str(weight) / "metrics.csv", newline="") as file:
+            losses.append(float(next(csv.DictReader(file))["loss"]))
+    assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=0.01) and losses[1] > losses[0]
+
+
 def test_a_frozen_encoder_stays(tmp_path):
     trainer = train(tmp_path, replace(CONFIG, freeze_encoder=True))
     start = tiny_sam().state_dict()
@@ -356,6 +375,8 @@ def test_bad_data_is_named_in_a_line(tmp_path, kind, workers):
         {"schedule": "x"},
         {"drop_path": 1.0},
         {"refined": 0},
+        {"centre_share": 1.5},
+        {"iou_weight": -1.0},
     ],
 )
 def test_bad_settings(change):
