@@ -203,7 +203,22 @@ def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str,
         if names
     ]
     if problems:
-        raise ValueError(f"{path} does not fit this model; {'; '.join(problems)}")
+        other = _model_type_of(state)
+        hint = "" if other is None or other == _model_type_of(expected) else f": it is of {other}"
+        raise ValueError(f"{path} does not fit this model{hint}; {'; '.join(problems)}")
+
+
+def _model_type_of(state: Mapping[str, Tensor]) -> str | None:
+    """The model of the registry whose image encoder has as many blocks and channels; None if none has."""
+    from sam_fast.build_sam import model_configs  # which imports this module
+
+    norms = [
+        tensor for name, tensor in state.items() if re.fullmatch(r"image_encoder\.blocks\.\d+\.norm1\.weight", name)
+    ]
+    for name, config in model_configs.items():
+        if len(norms) == config.depth and all(norm.shape == (config.embed_dim,) for norm in norms):
+            return name
+    return None
 
 
 def _shorten(what: str, names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pickle
+import re
 import stat
 
 import pytest
@@ -14,7 +15,7 @@ import transformers
 from oracle import TINY, relative_error, seed_weights
 from safetensors import SafetensorError
 
-from sam_fast.build_sam import build_sam_from_config
+from sam_fast.build_sam import build_sam_from_config, sam_model_registry
 from sam_fast.checkpoints import load_checkpoint, read_state_dict, write_tensors
 
 
@@ -158,6 +159,21 @@ def test_other_windows_are_not_interpolated(state, tmp_path):
 
 
 # Files that are no checkpoint of this model
+
+
+def test_weights_of_another_model_are_recognised(tmp_path):
+    names = {"vit_b": (12, 768), "vit_l": (24, 1024), "x": (7, 768)}
+    for kind, (depth, channels) in names.items():
+        state = {f"image_encoder.blocks.{i}.norm1.weight": torch.ones(channels) for i in range(depth)}
+        write_tensors(tmp_path / kind, state)
+    for kind, wanted, hint in (
+        ("vit_b", "vit_l", " does not fit this model: it is of vit_b; missing: "),
+        ("vit_l", "nano", " does not fit this model: it is of vit_l; missing: "),
+        ("vit_b", "vit_b", " does not fit this model; missing: "),
+        ("x", "vit_b", " does not fit this model; missing: "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{tmp_path / kind}{hint}")):
+            sam_model_registry[wanted](checkpoint=tmp_path / kind)
 
 
 def test_missing_unexpected_and_misshapen_keys_are_named(state, tmp_path):
