@@ -168,13 +168,19 @@ def test_compiled_peers(monkeypatch, eager_compiler):
         built.image_encoder = torch.compile(built.image_encoder, mode="max-autotune")
         return built
 
-    package = types.SimpleNamespace(sam_model_fast_registry={"tiny": build_fast})
+    def generator(model, *, process_batch_size: int, **settings):
+        assert isinstance(model, nn.Module) and process_batch_size > 0
+        return types.SimpleNamespace(generate=lambda image: [settings])
+
+    package = types.SimpleNamespace(sam_model_fast_registry={"tiny": build_fast}, SamAutomaticMaskGenerator=generator)
     monkeypatch.setitem(sys.modules, "segment_anything_fast", package)
     pixels = torch.randn(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     expected = peers.reference(model).encode(pixels)
     compiled = peers.official("tiny", weights, model.device, "bf16 compiled")
     for peer in (compiled, peers.segment_anything_fast("tiny", weights, model.device)):
         assert gpu_sections.error_of("encoder", expected, peer.encode(pixels)) < 0.02
+    settings = {"points_per_side": 2, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+    assert peer.generator(*settings.values())(np.zeros((4, 4, 3), np.uint8)) == [settings]
     assert eager_compiler == ["max-autotune"] * 2
     assert gpu_sections.TOLERANCES["encoder"][compiled.precision.split()[0]]
 

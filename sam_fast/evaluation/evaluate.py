@@ -29,6 +29,7 @@ from sam_fast.evaluation.protocol import CENTRE, RANDOM, Click, next_click, rand
 from sam_fast.evaluation.results import Results, provenance
 
 _DIGEST_LETTERS = 16
+_FIRST_CLICKS = 1  # the stream of random numbers that they are drawn from
 Track = Callable[[Iterable[int]], Iterable[int]]
 
 
@@ -135,9 +136,9 @@ def evaluate(
 def protocol_of(source: SampleSource, method: Method, settings: EvaluationSettings, data: str) -> dict[str, Any]:
     """Everything besides the method that fixes the results, as JSON values: settings, data and number of images."""
     plain = {key: list(item) if isinstance(item, tuple) else item for key, item in asdict(settings).items()}
-    if settings.first_click == CENTRE:
-        del plain["first_click"]  # which earlier releases did not write: their results stay valid
     kinds = [kind for kind in (CLICKS, BOX, EVERYTHING) if kind in settings.prompts and kind in method.prompts]
+    if settings.first_click == CENTRE or CLICKS not in kinds:
+        del plain["first_click"]  # which earlier releases did not write: their results stay valid
     return {**plain, "prompts": kinds, "data": data, "images": _count(source, settings)}
 
 
@@ -176,13 +177,11 @@ def _measure_image(
 
 
 def _add_to_digest(digest: Any, sample: Sample, index: int, settings: EvaluationSettings) -> list[int]:
-    """Draw the objects of an image that are prompted, and hash it, them and how they are; returns their numbers."""
+    """Draw the objects of an image that are prompted, and hash it and them; returns their numbers."""
     rng = np.random.default_rng([settings.seed, index])
     chosen = choose_masks(len(sample.masks), settings.objects_per_image, rng).tolist()
     name = sample.name.encode(errors="surrogateescape")  # a file's, which need not be UTF-8
     digest.update(name + f" {sample.image.shape}".encode() + sample.image.tobytes())
-    if settings.first_click != CENTRE:
-        digest.update(settings.first_click.encode())
     for number in chosen:
         truth = sample.masks[number]
         digest.update(f"{number} {truth.shape}".encode() + np.packbits(truth).tobytes())
@@ -192,7 +191,9 @@ def _add_to_digest(digest: Any, sample: Sample, index: int, settings: Evaluation
 def _first_click(truth: np.ndarray, settings: EvaluationSettings, place: tuple[int, int]) -> Click | None:
     if settings.first_click == CENTRE:
         return next_click(truth)
-    return Click(*random_pixel(truth, np.random.default_rng([settings.seed, *place])), 1)
+    # Its last word keeps the seed apart from that of the draw of objects: zeros at the end of a seed do not count.
+    rng = np.random.default_rng([settings.seed, *place, _FIRST_CLICKS])
+    return Click(*random_pixel(truth, rng), 1)
 
 
 def _clicks(truth: np.ndarray, method: Method, settings: EvaluationSettings, place: tuple[int, int]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from sam_fast.evaluation.protocol import RANDOM
+from sam_fast.evaluation.protocol import CENTRE, RANDOM
 from sam_fast.evaluation.results import Results
 
 _LABELS = {
@@ -33,13 +33,15 @@ def comparison(results: Sequence[Results]) -> tuple[list[str], list[tuple[str, l
         The names of the methods, and rows of a label and one cell for each method; empty where it has no such figure.
 
     Raises:
-        ValueError: the results are of different objects.
+        ValueError: the results are of different objects, or of clicks that begin differently.
     """
     if len({result.digest for result in results}) > 1:
         given = ", ".join(f"{r.method}: {_described(r)}" for r in results)
         alike = len({_described(r) for r in results}) == 1  # then images have other bytes: docs/data.md says when
         objects = "the same objects in images of the same bytes" if alike else "the same objects"
         raise ValueError(f"these results are not about {objects}, so they cannot be compared: {given}")
+    if len({_first_click(result) for result in results} - {None}) > 1:
+        raise ValueError("some of these results are of first clicks at the centre, others of first clicks at random")
     keys = sorted({key for result in results for key in result.summary}, key=_order)
     rows = [(_label(key), [_cell(result.summary.get(key)) for result in results]) for key in keys]
     return [result.method for result in results], rows
@@ -82,8 +84,13 @@ def markdown_table(results: Sequence[Results]) -> str:
 def _described(result: Results) -> str:
     where = result.protocol["data"] or "data"
     images, objects = result.counts["images"], result.counts["objects"]
-    first = ", first clicks at random" if result.protocol.get("first_click") == RANDOM else ""
+    first = ", first clicks at random" if _first_click(result) == RANDOM else ""
     return f"{objects} objects of {images} images, {where}, seed {result.protocol['seed']}{first}"
+
+
+def _first_click(result: Results) -> str | None:
+    """Where first clicks lie, None where there are none."""
+    return result.protocol.get("first_click", CENTRE) if "clicks" in result.protocol["prompts"] else None
 
 
 def _number(key: str) -> int:

@@ -14,13 +14,13 @@ import pytest
 from evaluation.drawings import Drawings, Knowing
 
 from sam_fast import SamPredictor
-from sam_fast.data.sample import Sample
-from sam_fast.evaluation.evaluate import EvaluationSettings, evaluate
+from sam_fast.data.sample import Sample, choose_masks
+from sam_fast.evaluation.evaluate import EvaluationSettings, _first_click, evaluate
 from sam_fast.evaluation.methods import Answer, SamMethod, _rank, weights_digest
 from sam_fast.evaluation.metrics import mask_iou
 from sam_fast.evaluation.protocol import Click, next_click, tight_box
 from sam_fast.evaluation.results import Results
-from sam_fast.evaluation.tables import heading
+from sam_fast.evaluation.tables import comparison, heading
 from sam_fast.modeling import Sam
 
 ALL = EvaluationSettings(prompts=("clicks", "box", "everything"), objects_per_image=None)
@@ -108,8 +108,29 @@ def test_first_clicks_anywhere() -> None:
         assert truth[first.y, first.x] and first.label == 1
         assert second == next_click(truth)
     assert "first_click" not in at_centre.protocol and results.protocol["first_click"] == "random"
-    assert results.digest != at_centre.digest, "so that they are not put into one table"
+    with pytest.raises(ValueError, match="some of these results are of first clicks at the centre, others of first"):
+        comparison([results, at_centre])
+    boxes = [
+        evaluate(Drawings(), Knowing(Drawings()), EvaluationSettings(prompts=("box",), first_click=click))
+        for click in ("centre", "random")
+    ]
+    assert boxes[0].protocol == boxes[1].protocol and boxes[0].digest == boxes[1].digest
+    comparison([results, replace(boxes[0], digest=results.digest)])
     assert heading([results]).endswith("seed 0, first clicks at random") and heading([at_centre]).endswith("seed 0")
+
+
+def test_first_clicks_do_not_follow_from_the_draw_of_objects() -> None:
+    """Object 0 is drawn by small random numbers; its click must not be the pixel of the same small number."""
+    truth, settings = np.ones((1, 1000), bool), EvaluationSettings(first_click="random")
+    places = []
+    for index in range(400):
+        if choose_masks(10, 1, np.random.default_rng([0, index])).tolist() == [0]:
+            click = _first_click(truth, settings, (index, 0))
+            assert click is not None
+            places.append(click.x)
+    assert len(places) > 20 and 350 < np.mean(places) < 650 and max(places) > 800
+    drawn = [_first_click(truth, settings, (0, number)) for number in range(20)]
+    assert len(set(drawn)) > 15
 
 
 def test_digest_tells_images_apart() -> None:
