@@ -97,7 +97,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("minutes", "grouping", "correction_weight", "iou_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
         if self.refined is not None and self.refined < 1:
             raise ValueError(f"refined must be at least 1, or None for all, got {self.refined}")
         if self.grouping_steps and not (self.grouping and not self.freeze_encoder):

@@ -258,6 +258,16 @@ def test_prompts_and_losses_are_as_the_settings_say(tmp_path):
     assert losses[2] - losses[0] == pytest.approx(3 * (losses[1] - losses[0]), rel=0.01) and losses[1] > losses[0]
 
 
+def test_a_run_saved_before_a_setting_existed_goes_on(tmp_path):
+    train(tmp_path, replace(CONFIG, steps=2, picture_every=0))
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state["config"]["iou_weight"], state["config"]["centre_share"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    assert Trainer(tiny_sam(), Rectangles(), replace(CONFIG, steps=2, picture_every=0), tmp_path).step == 2
+    with pytest.raises(ValueError, match=r"centre_share 0\.0 there, 0\.5 now"):
+        Trainer(tiny_sam(), Rectangles(), replace(CONFIG, steps=2, picture_every=0, centre_share=0.5), tmp_path)
+
+
 def test_a_frozen_encoder_stays(tmp_path):
     trainer = train(tmp_path, replace(CONFIG, freeze_encoder=True))
     start = tiny_sam().state_dict()
@@ -377,6 +387,7 @@ def test_bad_data_is_named_in_a_line(tmp_path, kind, workers):
         {"refined": 0},
         {"centre_share": 1.5},
         {"iou_weight": -1.0},
+        {"iou_weight": float("nan")},
     ],
 )
 def test_bad_settings(change):
