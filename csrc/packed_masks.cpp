@@ -82,7 +82,7 @@ void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width,
   }
 }
 
-void unpack_masks_apart(const std::vector<bool*>& masks, const uint8_t* bits, int64_t height, int64_t width,
+void unpack_masks_apart(const std::vector<MaskPlace>& masks, const uint8_t* bits, int64_t height, int64_t width,
                         int num_threads) {
   const int64_t n = static_cast<int64_t>(masks.size()), stride = row_bytes(width);
   const int64_t rows = std::max<int64_t>(1, kBlockPixels / std::max<int64_t>(1, width));
@@ -90,8 +90,9 @@ void unpack_masks_apart(const std::vector<bool*>& masks, const uint8_t* bits, in
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (worth_threads(n * blocks, rows * width))
   for (int64_t i = 0; i < n * blocks; ++i) {
     const int64_t mask = i / blocks, row = i % blocks * rows, count = std::min(rows, height - row);
-    bool* out = masks[static_cast<size_t>(mask)] + row * width;
-    if (count * width >= kFreshPixels) take_pages(out, count * width);
+    const MaskPlace place = masks[static_cast<size_t>(mask)];
+    bool* out = place.pixels + row * width;
+    if (place.fresh && count * width >= kFreshPixels) take_pages(out, count * width);
     unpack_rows(out, bits + (mask * height + row) * stride, count, width);
   }
 }

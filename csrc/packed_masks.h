@@ -48,8 +48,14 @@ void pack_masks(uint8_t* bits, const bool* masks, int64_t rows, int64_t width, i
 // bits [rows, row_bytes(width)]  ->  masks [rows, width], one byte per pixel, 0 or 1. Padding bits are ignored.
 void unpack_masks(bool* masks, const uint8_t* bits, int64_t rows, int64_t width, int num_threads);
 
+// Where a mask goes, and whether the system may still have to provide that memory.
+struct MaskPlace {
+  bool* pixels;
+  bool fresh;
+};
+
 // The same for masks [height, width] that lie apart, each of which its owner may keep alone.
-void unpack_masks_apart(const std::vector<bool*>& masks, const uint8_t* bits, int64_t height, int64_t width,
+void unpack_masks_apart(const std::vector<MaskPlace>& masks, const uint8_t* bits, int64_t height, int64_t width,
                         int num_threads);
 
 // The same on a GPU; bits start at a multiple of 8 bytes.

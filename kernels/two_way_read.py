@@ -1,7 +1,7 @@
 """The image side of the mask decoder's two-way attention: tokens read pixels (how pixels take: `two_way_attention.py`).
 
 `read_kernel`: scores of rows against a tile of pixels, online softmax over pixels, weighted sum of pixels. One program
-per run of tiles, prompt and block of rows; `combine_kernel` joins the runs. In half precision X and its encoding are
+per run of tiles, prompt and block of rows; `combine_kernel` joins the runs, where there are several. In half precision X and its encoding are
 multiplied one after the other, for their sum would be rounded; in float32 they are added first.
 
 Keys and values of the pixels are never formed, and the image and its encoding not repeated per prompt. Scores, softmax
@@ -31,6 +31,7 @@ from torch import Tensor
 _LOG2_E = tl.constexpr(LOG2_E)
 _LOWEST = tl.constexpr(-1e30)  # where maxima begin: finite, so that scores of -inf weigh nothing instead of NaN
 _RUNS = 16  # that `combine_kernel` reads at a time
+_WHOLE = 7 / 8  # of an image: who is to read so much of it reads all of it, and there is nothing to combine
 
 
 def read_launch(architecture: int, dtype: torch.dtype, rows: int) -> Launch:
@@ -48,12 +49,14 @@ def read_runs(image: Tensor, prompts: int, rows: int) -> int:
     return triton.cdiv(triton.cdiv(image.shape[1], launch.pixels), _tiles_each(image, prompts, rows, launch))
 
 
-def read(output: Tensor, workspace: tuple[Tensor, Tensor, Tensor], image: Tensor, pe: Tensor, queries: Tensor) -> None:
+def read(
+    output: Tensor, workspace: tuple[Tensor, Tensor, Tensor] | None, image: Tensor, pe: Tensor, queries: Tensor
+) -> None:
     """Let tokens read pixels: all contiguous and of one type.
 
     Args:
         output: [N, R, C].
-        workspace: with as many runs as `read_runs` says, float32 [N, runs, R, C] and two of [N, runs, R].
+        workspace: with as many runs as `read_runs` says, float32 [N, runs, R, C] and two of [N, runs, R]; None for one.
         image: [N, P, C] or [1, P, C].
         pe: [P, C].
         queries: absorbed ones, [N, R, C].
@@ -65,22 +68,23 @@ def read(output: Tensor, workspace: tuple[Tensor, Tensor, Tensor], image: Tensor
     launch = read_launch(architecture(image.device), image.dtype, padded(R))
     each = _tiles_each(image, N, R, launch)
     runs = triton.cdiv(triton.cdiv(P, launch.pixels), each)
-    assert workspace[0].shape == (N, runs, R, C)
+    assert runs == 1 if workspace is None else workspace[0].shape == (N, runs, R, C)
     tensors = tuple(boxes(x, launch.pixels) for x in (image, pe)) if launch.boxes else (image, pe)
     read_kernel[(N, runs, triton.cdiv(R, launch.rows))](
-        *(*workspace, *tensors, queries, int(len(image) > 1), P, R, each),
+        *(*(workspace or (output, None, None)), *tensors, queries, int(len(image) > 1), P, R, each),
         **{"C": C, "BOXES": launch.boxes, "ADD_PE": image.dtype == torch.float32},
         **launch.constants(),
         **launch.options(),
     )
-    combine_kernel[(N, R)](output, *workspace, runs, R, C=C, RUNS=_RUNS, num_warps=4)
+    if workspace is not None:
+        combine_kernel[(N, R)](output, *workspace, runs, R, C=C, RUNS=_RUNS, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["image_step", "R", "tiles_each"])
 def read_kernel(
-    sums,  # float32 [N, runs, R, C], of pixels times e^(score - most)
-    most,  # float32 [N, runs, R], the largest score times log2(e)
-    total,  # float32 [N, runs, R], of e^(score - most)
+    sums,  # float32 [N, runs, R, C], of pixels times e^(score - most); of one run the output [N, R, C]
+    most,  # float32 [N, runs, R], the largest score times log2(e); None for one run
+    total,  # float32 [N, runs, R], of e^(score - most); None for one run
     image,  # [N, P, C], or [1, P, C] with image_step 0; BOXES: its descriptor, as of the next
     pe,  # [P, C]
     queries,  # [N, R, C]
@@ -123,8 +127,11 @@ def read_kernel(
         y = tl.dot(shares.to(x.dtype), x, y * shrink[:, None], input_precision="ieee")
         highest = higher
     row = (prompt * tl.num_programs(1) + tl.program_id(1)) * R + r
-    tl.store(most + row, highest, mask=known)
-    tl.store(total + row, count, mask=known)
+    if most is None:
+        y = (y * (1.0 / count)[:, None]).to(sums.dtype.element_ty)
+    else:
+        tl.store(most + row, highest, mask=known)
+        tl.store(total + row, count, mask=known)
     tl.store(sums + row[:, None] * C + c[None, :], y, mask=known[:, None])
 
 
@@ -165,7 +172,8 @@ def _tiles_each(image: Tensor, prompts: int, rows: int, launch: Launch) -> int:
     """Tiles of pixels per program: two at least, for each run leaves a sum [R, C] behind."""
     tiles = triton.cdiv(image.shape[1], launch.pixels)
     blocks = prompts * triton.cdiv(rows, launch.rows)
-    return max(2, triton.cdiv(tiles * blocks, programs_at_a_time(image.device)))
+    each = max(2, triton.cdiv(tiles * blocks, programs_at_a_time(image.device)))
+    return tiles if each >= _WHOLE * tiles else each
 
 
 def variants(architecture: int) -> Iterator[Variant]:
@@ -173,7 +181,8 @@ def variants(architecture: int) -> Iterator[Variant]:
     for dtype, kind in TRITON_TYPES.items():
         blocks = {read_launch(architecture, dtype, rows).rows: rows for rows in (128, 64)}
         for rows in blocks.values():
-            yield _variant(architecture, dtype, rows)
+            for runs in (1, 2):
+                yield _variant(architecture, dtype, rows, runs)
         signature = {"output": f"*{kind}:16", **_WORKSPACE, "runs": "i32", "R": "i32"}
         constants = {"C": MOST_CHANNELS, "RUNS": _RUNS}
         yield Variant(f"combine {kind}", combine_kernel, signature, constants, {"num_warps": 4})
@@ -182,7 +191,7 @@ def variants(architecture: int) -> Iterator[Variant]:
 _WORKSPACE = dict.fromkeys(("sums", "most", "total"), "*fp32:16")
 
 
-def _variant(architecture: int, dtype: torch.dtype, rows: int) -> Variant:
+def _variant(architecture: int, dtype: torch.dtype, rows: int, runs: int) -> Variant:
     launch = read_launch(architecture, dtype, rows)
     kind, C, exact = TRITON_TYPES[dtype], MOST_CHANNELS, dtype == torch.float32
     data = f"*{kind}:16"
@@ -190,4 +199,9 @@ def _variant(architecture: int, dtype: torch.dtype, rows: int) -> Variant:
     constants = {"C": C, "BOXES": launch.boxes, "ADD_PE": exact, **launch.constants()}
     if launch.boxes:
         signature |= {name: box_type(kind, launch.pixels, C, flat=name == "pe") for name in ("image", "pe")}
-    return Variant(f"{launch.rows} {kind}", read_kernel, signature, constants, launch.options(), not exact)
+    if runs == 1:
+        signature["sums"] = data
+        for name in ("most", "total"):
+            del signature[name]
+            constants[name] = None
+    return Variant(f"{launch.rows}{'' if runs == 1 else ', in runs'} {kind}", read_kernel, signature, constants, launch.options(), not exact)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam_fast import recycling
 from sam_fast.ops.connected_components import remove_small_regions
 from sam_fast.ops.packed_masks import place_masks, unpack_masks_apart
 from sam_fast.ops.rle import Rle, encode_runs, measure_runs, split_runs
@@ -142,7 +143,8 @@ class Segmentations:
         x0, y0, x1, y1 = crop.box
 
         def place(mask: Tensor) -> np.ndarray:
-            whole = np.zeros(self._size, dtype=bool)
+            whole = recycling.masks.take(self._size).tensor.numpy()
+            whole.fill(False)
             whole[y0:y1, x0:x1] = mask.numpy()
             return whole
 

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from sam_fast import native
+from sam_fast import native, recycling
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
@@ -97,6 +97,8 @@ def unpack_masks(bits: torch.Tensor, width: int, *, backend: str = "auto") -> to
 def unpack_masks_apart(bits: torch.Tensor, width: int, *, backend: str = "auto") -> list[torch.Tensor]:
     """`unpack_masks` of N masks into tensors of their own: one that is kept keeps no others in memory.
 
+    On a CPU their memory is used again for the next masks as soon as the last array or view of it is gone.
+
     Args:
         bits, width, backend: as of `unpack_masks`, bits being [N, H, row_bytes(width)].
 
@@ -108,9 +110,9 @@ def unpack_masks_apart(bits: torch.Tensor, width: int, *, backend: str = "auto")
         raise ValueError(f"bits must be [N, H, {row_bytes(width)}], got {list(bits.shape)}")
     if choose_backend("packed_masks", backend, bits) == "torch" or native.uses_cuda(bits):
         return [_unpack_masks(one, width, backend) for one in bits]
-    masks = [torch.empty((bits.shape[1], width), dtype=torch.bool, device="cpu") for _ in range(len(bits))]
-    native.module().unpack_masks_apart(masks, bits.contiguous(), width, native.num_threads())
-    return masks
+    taken = [recycling.masks.take((bits.shape[1], width)) for _ in range(len(bits))]
+    native.module().unpack_masks_apart(taken, bits.contiguous(), width, native.num_threads())
+    return [mask for mask, _ in taken]
 
 
 def place_masks(bits: torch.Tensor, width: int, canvas_size: tuple[int, int], offset: tuple[int, int]) -> torch.Tensor:

@@ -243,9 +243,10 @@ def _launch(
             image = written
         if absorbed_queries is not None and read.numel() > 0:
             N, R, C = read.shape
-            runs = two_way_read.read_runs(image, N, R)
-            most, total = image.new_empty(2, N, runs, R, dtype=torch.float32)
-            workspace = image.new_empty(N, runs, R, C, dtype=torch.float32), most, total
+            runs, workspace = two_way_read.read_runs(image, N, R), None
+            if runs > 1:
+                most, total = image.new_empty(2, N, runs, R, dtype=torch.float32)
+                workspace = image.new_empty(N, runs, R, C, dtype=torch.float32), most, total
             two_way_read.read(read, workspace, image, pe, absorbed_queries.mT.contiguous())
 
 

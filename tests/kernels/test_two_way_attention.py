@@ -129,6 +129,24 @@ def test_more_runs_than_are_combined_at_a_time(dtype, monkeypatch):
     check(arguments, dtype)
 
 
+@pytest.mark.parametrize("programs", [1, 6], ids=["one run", "three runs"])
+def test_runs(programs, dtype, monkeypatch):
+    monkeypatch.setattr(two_way_read, "programs_at_a_time", lambda _: programs)
+    arguments = problem(2, 330, 32, 0, 2, dtype)
+    runs = two_way_read.read_runs(arguments[0], 2, 16)
+    assert runs == 1 if programs == 1 else runs > 2
+    check(arguments, dtype)
+
+
+@pytest.mark.parametrize(("prompts", "runs"), [(1, 32), (64, 4), (150, 2), (226, 2), (227, 1), (256, 1), (300, 1)])
+def test_a_run_is_not_left_for_a_tile_or_two(prompts, runs, monkeypatch):
+    """For pixels of SAM's decoder, on the 132 processors of an H100."""
+    monkeypatch.setattr(two_way_read, "programs_at_a_time", lambda _: 264)
+    monkeypatch.setattr(two_way_read, "architecture", lambda _: 90)
+    image = torch.empty(1, 4096, 256, dtype=torch.bfloat16, device=DEVICE)
+    assert two_way_read.read_runs(image, prompts, 56) == runs
+
+
 def test_large_scores_do_not_overflow(dtype):
     image, pe, write, queries = problem(1, 70, 32, 3, 3, dtype)
     assert write is not None and queries is not None and write.absorbed_keys is not None
