@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from sam_fast.cli.amg_files import AmgFiles
+from sam_fast.cli.beside import Behind, ahead
 from sam_fast.cli.console import escaped, item_progress, out, report_error
 from sam_fast.cli.model import (
     Backend,
@@ -24,10 +26,6 @@ from sam_fast.cli.model import (
     load_model,
 )
 
-METADATA_COLUMNS = (
-    "id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,"
-    "predicted_iou,stability_score,crop_box_x0,crop_box_y0,crop_box_w,crop_box_h"
-)
 _SETTINGS = "Mask generator"
 _NO_PHOTOS = {"PDF", "PALM", "MPEG", "HDF5", "GRIB", "BUFR"}  # formats that Pillow knows, but cannot read by itself
 
@@ -106,6 +104,7 @@ def amg(
     check_targets(images, output, convert_to_rle, overwrite)
 
     from sam_fast import SamAutomaticMaskGenerator
+    from sam_fast.preprocess import read_image
 
     device = choose_device(device)
     generator = SamAutomaticMaskGenerator(
@@ -118,11 +117,19 @@ def amg(
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     masks, unreadable = 0, 0
-    with item_progress() as progress:
-        for path in progress.track(images, description="masks"):
-            found = _process(generator, path, output, overlay)
-            masks += found or 0
-            unreadable += found is None
+    with item_progress() as progress, AmgFiles(output, convert_to_rle, overlay) as files, Behind() as behind:
+        read = zip(images, ahead(read_image, images), strict=True)
+        for path, coming in progress.track(read, description="masks", total=len(images)):
+            try:
+                image = coming.result()
+            except (ValueError, OSError) as error:
+                report_error(f"skipped: {error}")
+                unreadable += 1
+                continue
+            records = generator.generate(image)
+            masks += len(records)
+            behind(partial(files.write, path.stem, image, records))
+            del image, records  # which are gone when they are written
     seconds = time.perf_counter() - started
     done = len(images) - unreadable
     summary = f"{masks} masks of {done} image{'s' * (done != 1)} in {seconds:.1f} s on {device}, written to {output}"
@@ -171,51 +178,3 @@ def check_targets(images: Sequence[Path], output: Path, as_json: bool, overwrite
     existing = [target for target in targets if target.exists()]
     if existing and not overwrite:
         raise FileExistsError(f"{existing[0]} exists; remove it, choose another --output, or pass --overwrite")
-
-
-def write_folder(records: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write masks as 0.png, 1.png, ... (0 and 255) and what is known about them as metadata.csv.
-
-    Masks that an earlier run left in the folder are removed.
-    """
-    from PIL import Image
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("*.png"):
-        if stale.stem.isdigit():
-            stale.unlink()
-    rows = [METADATA_COLUMNS]
-    for i, record in enumerate(records):
-        Image.fromarray(record["segmentation"]).convert("L").save(folder / f"{i}.png", compress_level=1)
-        values = [
-            i,
-            record["area"],
-            *record["bbox"],
-            *record["point_coords"][0],
-            record["predicted_iou"],
-            record["stability_score"],
-            *record["crop_box"],
-        ]
-        rows.append(",".join(map(str, values)))
-    (folder / "metadata.csv").write_text("\n".join(rows))
-
-
-def _process(generator: Any, path: Path, output: Path, overlay: bool) -> int | None:
-    """Write the results of one image; return the number of masks, or None where it cannot be read."""
-    from sam_fast.preprocess import read_image
-
-    try:
-        image = read_image(path)
-    except (ValueError, OSError) as error:
-        report_error(f"skipped: {error}")
-        return None
-    records = generator.generate(image)
-    if generator.output_mode == "binary_mask":
-        write_folder(records, output / path.stem)
-    else:
-        (output / f"{path.stem}.json").write_text(json.dumps(records))
-    if overlay:
-        from sam_fast.utils.overlay import draw_masks, save_picture
-
-        save_picture(draw_masks(image, records), output / f"{path.stem}_overlay.jpg")
-    return len(records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pycocotools import mask as coco
 from torch import nn
 
 import sam_fast
-from sam_fast import SamAutomaticMaskGenerator
+from sam_fast import SamAutomaticMaskGenerator, preprocess
 from sam_fast.cli.amg import find_images
+from sam_fast.cli.amg_files import AmgFiles
 from sam_fast.modeling import Sam
 
 HEADER = "id,area,bbox_x0,bbox_y0,bbox_w,bbox_h,point_input_x,point_input_y,predicted_iou,stability_score,"
@@ -121,6 +123,60 @@ def test_unreadable_images_are_reported_and_the_others_done(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"tall"}
     assert "broken.png" in text
     assert "1 image in" in text and "1 unreadable" in text and "2 other files ignored" in text
+
+
+def test_files_are_read_and_written_beside_the_model(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an image is worked on, the next one is read and the one before is written."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(3):
+        shutil.copy(pictures / "tall.png", folder / f"{i}.png")
+    read, written = [], threading.Event()
+    read_image, write = preprocess.read_image, AmgFiles.write
+    second_begun = threading.Event()
+    order = []
+
+    def reading(path: Any) -> Any:
+        read.append(path.name)
+        return read_image(path)
+
+    def writing(self: AmgFiles, stem: str, *rest: Any) -> None:
+        assert stem != "0" or second_begun.wait(20)  # else nobody went on
+        write(self, stem, *rest)
+        order.append(("written", stem))
+        written.set()
+
+    class Generator(SamAutomaticMaskGenerator):
+        def generate(self, image: Any) -> list[dict[str, Any]]:
+            if type(image) is np.ndarray:
+                order.append(("begun", len([step for step in order if step[0] == "begun"])))
+                if order[-1] == ("begun", 1):
+                    second_begun.set()
+                    assert written.wait(20)
+                    assert {"0.png", "1.png", "2.png"} == set(read)
+            return super().generate(image)
+
+    monkeypatch.setattr(preprocess, "read_image", reading)
+    monkeypatch.setattr(AmgFiles, "write", writing)
+    monkeypatch.setattr(sam_fast, "SamAutomaticMaskGenerator", Generator)
+    cli("amg", "--input", folder, "--output", tmp_path / "out", *model_flags, *SETTINGS_FLAGS)
+    assert order.index(("begun", 1)) < order.index(("written", "0")) < order.index(("begun", 2))
+    tables = {(tmp_path / "out" / str(i) / "metadata.csv").read_text() for i in range(3)}
+    assert len(tables) == 1 and tables.pop() != HEADER
+
+
+def test_a_full_disk_is_an_error(
+    cli: Any, pictures: Path, tmp_path: Path, model_flags: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: Any, **__: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    flags = ("amg", "--input", pictures / "tall.png", "--output", tmp_path, *model_flags, *SETTINGS_FLAGS)
+    assert "no space left" in cli(*flags, expect=1)
+    assert not (tmp_path / "tall" / "metadata.csv").exists()  # which says that a folder is complete
 
 
 def test_existing_results_are_replaced_on_request_only(
