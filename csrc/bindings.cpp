@@ -44,16 +44,16 @@ void bind_packed_masks(py::module_& m) {
     py::gil_scoped_release unlocked;
     unpack_masks(out, in, rows, width, num_threads);
   });
-  m.def("unpack_masks_apart", [](const std::vector<std::pair<py::object, bool>>& masks, py::handle bits_, int64_t width,
-                                 int num_threads) {
-    const TensorView bits = view(bits_, "bits");
-    const int64_t n = static_cast<int64_t>(masks.size()), height = bits.size(1);
-    const uint8_t* in = bits.cpu<uint8_t>({n, height, row_bytes(width)});
-    std::vector<MaskPlace> out;
-    for (const auto& [mask, fresh] : masks) out.push_back({view(mask, "mask").cpu<bool>({height, width}), fresh});
-    py::gil_scoped_release unlocked;
-    unpack_masks_apart(out, in, height, width, num_threads);
-  });
+  m.def("unpack_masks_apart",
+        [](const std::vector<std::pair<py::object, bool>>& masks, py::handle bits_, int64_t width, int num_threads) {
+          const TensorView bits = view(bits_, "bits");
+          const int64_t n = static_cast<int64_t>(masks.size()), height = bits.size(1);
+          const uint8_t* in = bits.cpu<uint8_t>({n, height, row_bytes(width)});
+          std::vector<MaskPlace> out;
+          for (const auto& [mask, fresh] : masks) out.push_back({view(mask, "mask").cpu<bool>({height, width}), fresh});
+          py::gil_scoped_release unlocked;
+          unpack_masks_apart(out, in, height, width, num_threads);
+        });
 }
 
 void bind_rle(py::module_& m) {

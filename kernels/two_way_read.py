@@ -1,8 +1,8 @@
 """The image side of the mask decoder's two-way attention: tokens read pixels (how pixels take: `two_way_attention.py`).
 
 `read_kernel`: scores of rows against a tile of pixels, online softmax over pixels, weighted sum of pixels. One program
-per run of tiles, prompt and block of rows; `combine_kernel` joins the runs, where there are several. In half precision X and its encoding are
-multiplied one after the other, for their sum would be rounded; in float32 they are added first.
+per run of tiles, prompt and block of rows; `combine_kernel` joins the runs, where there are several. In half precision
+X and its encoding are multiplied one after the other, for their sum would be rounded; in float32 they are added first.
 
 Keys and values of the pixels are never formed, and the image and its encoding not repeated per prompt. Scores, softmax
 and sums are float32; shares of the softmax are rounded to the type of the image. C is a power of two.
@@ -204,4 +204,5 @@ def _variant(architecture: int, dtype: torch.dtype, rows: int, runs: int) -> Var
         for name in ("most", "total"):
             del signature[name]
             constants[name] = None
-    return Variant(f"{launch.rows}{'' if runs == 1 else ', in runs'} {kind}", read_kernel, signature, constants, launch.options(), not exact)
+    name = f"{launch.rows}{'' if runs == 1 else ', in runs'} {kind}"
+    return Variant(name, read_kernel, signature, constants, launch.options(), not exact)

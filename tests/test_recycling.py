@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+
 from sam_fast import recycling
 from sam_fast.ops.packed_masks import pack_masks, unpack_masks_apart
 from sam_fast.recycling import LEAST_BYTES, Recycler

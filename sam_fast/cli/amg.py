@@ -23,7 +23,7 @@ from sam_fast.cli.model import (
     Precision,
     PrecisionOption,
     choose_device,
-    load_model,
+    load_trained_model,
 )
 
 _SETTINGS = "Mask generator"
@@ -34,7 +34,7 @@ def amg(
     input: Annotated[Path, typer.Option("--input", help="An image, or a folder of images.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the results; made if it is missing.")],
     model_type: ModelType,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = None,
     device: Device = None,
     convert_to_rle: Annotated[
         bool, typer.Option("--convert-to-rle", help="One JSON of COCO RLEs per image, not a folder of PNGs and a CSV.")
@@ -108,7 +108,7 @@ def amg(
 
     device = choose_device(device)
     generator = SamAutomaticMaskGenerator(
-        load_model(model_type, checkpoint, device),
+        load_trained_model(model_type, checkpoint, device),
         output_mode="coco_rle" if convert_to_rle else "binary_mask",
         precision=precision.value,
         backend=backend.value,

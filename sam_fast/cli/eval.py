@@ -18,7 +18,7 @@ from sam_fast.cli.model import (
     Precision,
     PrecisionOption,
     choose_device,
-    load_model,
+    load_trained_model,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from sam_fast.evaluation.evaluate import EvaluationSettings
     from sam_fast.evaluation.methods import Method
     from sam_fast.evaluation.results import Results
-    from sam_fast.modeling import Sam
 
 _METHODS = ("sam", "grabcut", "random_walker")
 _GENERATOR = "Mask generator, for --amg"
@@ -132,7 +131,7 @@ def evaluate_command(
         def sam() -> Method:
             from sam_fast.evaluation.methods import SamMethod
 
-            model = _load(model_type, checkpoint, choose_device(device))
+            model = load_trained_model(model_type, checkpoint, choose_device(device))
             options = {"precision": precision.value, "backend": backend.value}
             return SamMethod(model, called, generator=generator if amg else None, **options)
 
@@ -174,12 +173,6 @@ def _build(method: str, sam: Callable[[], Method]) -> Method:
     from sam_fast.evaluation.classical import GrabCut, RandomWalker
 
     return {"sam": sam, "grabcut": GrabCut, "random_walker": RandomWalker}[method]()
-
-
-def _load(model_type: str, checkpoint: Path | None, device: str) -> Sam:
-    if checkpoint is None and model_type != "nano":
-        raise ValueError(f"--model-type {model_type} needs --checkpoint: only nano's weights are in the package")
-    return load_model(model_type, checkpoint, device)
 
 
 def _measure(

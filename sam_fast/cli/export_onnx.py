@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from sam_fast.cli.console import escaped, out
-from sam_fast.cli.model import Checkpoint, ModelType, load_model
+from sam_fast.cli.model import Checkpoint, ModelType, load_trained_model
 
 
 def export_onnx(
-    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Option("--output", help="The ONNX file to write.")],
     model_type: ModelType,
+    checkpoint: Checkpoint = None,
     return_single_mask: Annotated[
         bool, typer.Option("--return-single-mask", help="The model returns the best mask only.")
     ] = False,
@@ -37,7 +37,7 @@ def export_onnx(
 
     if quantize_out is not None and quantize_out.resolve() == output.resolve():
         raise typer.BadParameter(f"--quantize-out would replace the model of --output {output}; give another name")
-    model = load_model(model_type, checkpoint, "cpu")
+    model = load_trained_model(model_type, checkpoint, "cpu")
     output.parent.mkdir(parents=True, exist_ok=True)
     export_onnx_model(
         model,

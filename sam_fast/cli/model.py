@@ -33,7 +33,12 @@ class Backend(str, Enum):
 
 ModelType = Annotated[str, typer.Option("--model-type", help="nano, vit_b, vit_l, vit_h or default (= vit_h).")]
 Checkpoint = Annotated[
-    Path, typer.Option("--checkpoint", help="Weights of that model: .pth, .safetensors, or a Hugging Face folder.")
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Weights of that model: .pth, .safetensors, or a Hugging Face folder.",
+        show_default="nano's are in the package",
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -97,3 +102,17 @@ def load_model(model_type: str, checkpoint: Path | None, device: str) -> Sam:
         )
     model = sam_model_registry[model_type](checkpoint=None if checkpoint is None else str(checkpoint))
     return model.to(device=device).eval()
+
+
+def load_trained_model(model_type: str, checkpoint: Path | None, device: str) -> Sam:
+    """`load_model`, of which only nano's weights need not be given.
+
+    Raises:
+        ValueError: as there, or weights are missing.
+        FileNotFoundError: there is no such checkpoint.
+    """
+    from sam_fast import sam_model_registry
+
+    if checkpoint is None and model_type != "nano" and model_type in sam_model_registry:
+        raise ValueError(f"--model-type {model_type} needs --checkpoint: only nano's weights are in the package")
+    return load_model(model_type, checkpoint, device)

@@ -21,7 +21,7 @@ from sam_fast.cli.model import (
     Precision,
     PrecisionOption,
     choose_device,
-    load_model,
+    load_trained_model,
 )
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def predict(
     input: Annotated[Path, typer.Option("--input", help="An image.")],
     output: Annotated[Path, typer.Option("--output", help="Folder for the results; made if it is missing.")],
     model_type: ModelType,
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint = None,
     point: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +75,7 @@ def predict(
 
     image = read_image(input)
     device = choose_device(device)
-    predictor = SamPredictor(load_model(model_type, checkpoint, device), precision.value, backend.value)
+    predictor = SamPredictor(load_trained_model(model_type, checkpoint, device), precision.value, backend.value)
     encoded = _encode(predictor, image, embedding)
     masks, scores, logits = predictor.predict(**prompts, multimask_output=multimask, embedding=encoded)
     if masks.ndim == 3:

@@ -282,5 +282,13 @@ def test_errors_are_one_line(
     assert len(text.splitlines()) == 1
 
 
+def test_only_nano_needs_no_checkpoint(cli: Any, pictures: Path, tmp_path: Path) -> None:
+    flags = ("amg", "--input", pictures / "tall.png", "--output", tmp_path, "--device", "cpu", "--points-per-side", 3)
+    text = cli(*flags, "--model-type", "vit_b", expect=1)
+    assert "vit_b needs --checkpoint" in text and len(text.splitlines()) == 1
+    assert "of 1 image in" in cli(*flags, "--model-type", "nano")
+    assert (tmp_path / "tall" / "metadata.csv").exists()
+
+
 def test_folder_without_images(cli: Any, tmp_path: Path, model_flags: tuple) -> None:
     assert "no images in the folder" in cli("amg", "--input", tmp_path, "--output", tmp_path, *model_flags, expect=1)
