@@ -27,3 +27,30 @@ def gelu_of_double(h, EXACT: tl.constexpr):
             )
         y = h + h * tanh
     return y
+
+
+@triton.jit
+def gelu_of_double_in_pairs(h):
+    """`gelu_of_double` of float16 by tanh, two numbers at a time: half as many instructions.
+
+    Its error is about a rounding of h to float16.
+    """
+    if _INTERPRETED:
+        y = gelu_of_double(h.to(tl.float32), False).to(tl.float16)
+    else:
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 s, t;
+            mul.rn.f16x2 s, $1, $1;
+            fma.rn.f16x2 t, s, $3, $2;
+            mul.rn.f16x2 t, t, $1;
+            tanh.approx.f16x2 t, t;
+            fma.rn.f16x2 $0, $1, t, $1;
+            }""",
+            "=r,r,r,r",
+            [h, tl.full([1], 1.5957691216, tl.float16), tl.full([1], 0.2854193276, tl.float16)],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return y

@@ -8,7 +8,8 @@ without a mask that is wanted end at once: which masks are, is read from memory,
 
 Upscaled pixels, 16 C2 per pixel of the image, are never stored: PyTorch writes and reads them and their predecessors,
 30 MB per prompt. Sums and LayerNorm are float32. In half precision GELU is the one by tanh, whose error is an eighth of
-a rounding; in float32 the one by erf.
+a rounding to bfloat16; in float32 the one by erf. With a second weight in float16 all behind the LayerNorm is float16,
+beside an image in bfloat16, too: its GELUs are made in pairs, and its digits are eight times as many.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from sam_fast.kernels.gelu import gelu_of_double
+from sam_fast.kernels.gelu import gelu_of_double, gelu_of_double_in_pairs
 from sam_fast.kernels.launch import TRITON_TYPES, WIDENED, Variant, architecture
 from sam_fast.kernels.two_way_attention import (
     MOST_CHANNELS,
@@ -60,9 +61,9 @@ def upscale(
             in order.
         image: [N, P, C], P = h w.
         width: w.
-        first: weight [4 C1, C] and bias [C1]. All of these are contiguous and, with the image, of one type.
+        first: weight [4 C1, C] and bias [C1], of the type of the image. All of these are contiguous.
         norm: weight and bias [C1], epsilon.
-        second: weight [4 C2, C1] and bias [C2].
+        second: weight [4 C2, C1] and bias [C2], of that type or, beside bfloat16, float16.
         classifiers: float32 [N, M, C2].
     """
     N, M, _ = classifiers.shape
@@ -75,7 +76,7 @@ def upscale(
     upscale_kernel[(N, triton.cdiv(tiles, each))](
         *(logits, rows, boxes(image, launch.pixels) if launch.boxes else image),
         *(*first, *norm, *second, classifiers, P, width, M, logits.numel() // (16 * P), each),
-        **_constants(C, M, image.dtype, launch),
+        **_constants(C, M, image.dtype, second[0].dtype, launch),
         **launch.options(),
     )
 
@@ -105,6 +106,7 @@ def upscale_kernel(
     PIXELS: tl.constexpr,  # of a tile
     BOXES: tl.constexpr,
     EXACT: tl.constexpr,  # float32
+    PAIRS: tl.constexpr,  # the second weight is float16
 ):
     prompt = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, MASKS)
@@ -120,7 +122,13 @@ def upscale_kernel(
     at = classifiers + (prompt * M + out // 2) * C2 + pair % C2
     hyper = tl.load(at, mask=(out // 2 < M) & (pair // C2 == out % 2), other=0.0)
     low = hyper
-    if not (EXACT or WIDENED):  # two numbers of half precision for each, lest all of a mask's logits be off together
+    scale = tl.max(tl.abs(hyper), 0)
+    if PAIRS:  # classifiers of any size
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        hyper = (hyper / scale[None, :]).to(tl.float16)
+        if WIDENED:
+            hyper = hyper.to(tl.float32)
+    elif not (EXACT or WIDENED):  # two numbers of 8 digits for each, lest all of a mask's logits be off together
         high = hyper.to(first_weight.dtype.element_ty)
         low = (hyper - high.to(tl.float32)).to(high.dtype)
         hyper = high
@@ -138,13 +146,15 @@ def upscale_kernel(
                 a = _long_product(image + prompt * P * C, first_weight + square * C1 * C, p, P, C, C1, PIXELS)
             else:
                 a = tl.dot(x, _matrix(first_weight, square * C1, C, C1))
-            a = _normalised_gelu(a, first_bias, norm_weight, norm_bias, eps, C1, EXACT).to(hyper.dtype)
+            a = _gelu_of_double(_half_normalised(a, first_bias, norm_weight, norm_bias, eps, C1), hyper, EXACT, PAIRS)
             for down in range(0, 2):
                 b = tl.dot(a, _matrix(second_weight, down * 2 * C2, C1, 2 * C2), input_precision="ieee")
                 bias = tl.load(second_bias + tl.arange(0, 2 * C2) % C2).to(tl.float32)
-                b = gelu_of_double(b * 0.5 + bias[None, :] * 0.5, EXACT).to(hyper.dtype)
+                b = _gelu_of_double(b * 0.5 + bias[None, :] * 0.5, hyper, EXACT, PAIRS)
                 masks = tl.dot(b, hyper, input_precision="ieee")
-                if not (EXACT or WIDENED):
+                if PAIRS:
+                    masks *= scale[None, :]
+                elif not (EXACT or WIDENED):
                     masks = tl.dot(b, low, masks)
                 masks = tl.reshape(masks, [PIXELS, MASKS, 2])
                 here = corner + (square // 2 * 2 + down) * (4 * width) + square % 2 * 2
@@ -175,17 +185,27 @@ def _long_product(x, weight, p, P, C: tl.constexpr, C1: tl.constexpr, PIXELS: tl
 
 
 @triton.jit
-def _normalised_gelu(a, first_bias, norm_weight, norm_bias, eps, C1: tl.constexpr, EXACT: tl.constexpr):
-    """GELU of the LayerNorm of rows a + first_bias."""
+def _half_normalised(a, first_bias, norm_weight, norm_bias, eps, C1: tl.constexpr):
+    """Half of the LayerNorm of rows a + first_bias."""
     c = tl.arange(0, C1)
     a += tl.load(first_bias + c).to(tl.float32)[None, :]
     a -= (tl.sum(a, 1) / C1)[:, None]
     scale = tl.rsqrt(tl.sum(a * a, 1) / C1 + eps)
     weight, bias = tl.load(norm_weight + c).to(tl.float32), tl.load(norm_bias + c).to(tl.float32)
-    return gelu_of_double(a * scale[:, None] * weight[None, :] * 0.5 + bias[None, :] * 0.5, EXACT)
+    return a * scale[:, None] * weight[None, :] * 0.5 + bias[None, :] * 0.5
 
 
-def _constants(C: int, masks: int, dtype: torch.dtype, launch: Launch) -> dict[str, Any]:
+@triton.jit
+def _gelu_of_double(h, like, EXACT: tl.constexpr, PAIRS: tl.constexpr):
+    """GELU of 2 h as an operand of a product with `like`."""
+    if PAIRS:
+        y = gelu_of_double_in_pairs(h.to(tl.float16))
+    else:
+        y = gelu_of_double(h, EXACT)
+    return y.to(like.dtype)
+
+
+def _constants(C: int, masks: int, dtype: torch.dtype, second: torch.dtype, launch: Launch) -> dict[str, Any]:
     return {
         "C": C,
         "C1": C // 4,
@@ -194,30 +214,34 @@ def _constants(C: int, masks: int, dtype: torch.dtype, launch: Launch) -> dict[s
         "PIXELS": launch.pixels,
         "BOXES": launch.boxes,
         "EXACT": dtype == torch.float32,
+        "PAIRS": second == torch.float16,
     }
 
 
 def variants(architecture: int) -> Iterator[Variant]:
     """All that the launch table can ask for, with the sizes of SAM's decoder, for few masks and for the most."""
     for dtype in TRITON_TYPES:
-        for masks in (4, MOST_MASKS):
-            for chosen in (True, False):
-                yield _variant(architecture, dtype, masks, chosen)
+        for second in (dtype, torch.float16) if dtype == torch.bfloat16 else (dtype,):
+            for masks in (4, MOST_MASKS):
+                for chosen in (True, False):
+                    yield _variant(architecture, dtype, second, masks, chosen)
 
 
-def _variant(architecture: int, dtype: torch.dtype, masks: int, chosen: bool) -> Variant:
+def _variant(architecture: int, dtype: torch.dtype, second: torch.dtype, masks: int, chosen: bool) -> Variant:
     launch = upscale_launch(architecture, dtype)
     kind, exact = TRITON_TYPES[dtype], dtype == torch.float32
-    names = ("image", "first_weight", "first_bias", "second_weight", "second_bias")
+    names = ("image", "first_weight", "first_bias")
     signature = {"logits": "*fp32:16", "classifiers": "*fp32:16", **dict.fromkeys(names, f"*{kind}:16"), "eps": "fp32"}
+    signature |= dict.fromkeys(("second_weight", "second_bias"), f"*{TRITON_TYPES[second]}:16")
     signature |= {"norm_weight": "*fp32:16", "norm_bias": "*fp32:16", "P": "i32:16", "width": "i32:16"}
     signature |= {"M": "i32", "K": "i32", "tiles_each": "i32"}
-    constants = _constants(MOST_CHANNELS, masks, dtype, launch)
+    constants = _constants(MOST_CHANNELS, masks, dtype, second, launch)
     if launch.boxes:
         signature["image"] = box_type(kind, launch.pixels, MOST_CHANNELS, flat=False)
     if chosen:
         signature["rows"] = "*i32:16"
     else:
         constants["rows"] = None
-    name = f"{masks} masks{', chosen' if chosen else ''}, {kind}"
+    kinds = kind if second == dtype else f"{kind} and {TRITON_TYPES[second]}"
+    name = f"{masks} masks{', chosen' if chosen else ''}, {kinds}"
     return Variant(name, upscale_kernel, signature, constants, launch.options(), not exact)

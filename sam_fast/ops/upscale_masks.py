@@ -14,7 +14,8 @@ from sam_fast.ops.library import register
 
 _TRITON_CHANNELS = (64, 128, 256)
 _TRITON_MASKS = 16
-_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON_TYPES = [({dtype}, {dtype}) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+_TRITON_TYPES += [({torch.bfloat16}, {torch.float16})]  # up to the LayerNorm, and behind it
 
 
 class Upscaling(NamedTuple):
@@ -59,7 +60,8 @@ def upscale_masks(
             than any row. None makes one.
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
             half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
-            to a quarter and an eighth, and up to 16 masks. What they do not take, auto leaves to PyTorch.
+            to a quarter and an eighth, and up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
+            where that `fits_float16`: it is faster, and more exact. What they do not take, auto leaves to PyTorch.
 
     Returns:
         `out`: [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is
@@ -83,6 +85,18 @@ def upscale_masks(
     write = torch.ops.sam_fast.upscale_masks_into if torch.compiler.is_compiling() else _upscale_masks_into
     write(out, *arguments)
     return out
+
+
+@torch.no_grad()
+def fits_float16(upscaling: Upscaling) -> bool:
+    """Whether float16 holds all that is behind the LayerNorm, whatever the image: numbers below 2^15, twice its range.
+
+    No value of a LayerNorm of C1 channels is larger than sqrt(C1), and no GELU larger than what goes into it.
+    """
+    squares = upscaling.norm_weight.abs().float() * len(upscaling.norm_weight) ** 0.5 + upscaling.norm_bias.abs()
+    weight, bias = upscaling.second_weight.abs().float(), upscaling.second_bias.abs().float()
+    pixels = weight @ squares.float() + bias.repeat(4)
+    return all(bool(x.max() < 2**15) for x in (squares, pixels, weight))
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
@@ -115,14 +129,14 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
 def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str, str | None]:
     """Backend -> what it takes that these arguments are not; see `choose_backend`."""
     C, M = image.shape[3], classifiers.shape[1]
-    factors = image, *upscaling[:2], *upscaling[5:]
-    dtypes = {x.dtype for x in factors if isinstance(x, Tensor)}
+    first = {image.dtype, upscaling.first_weight.dtype, upscaling.first_bias.dtype}
+    second = {upscaling.second_weight.dtype, upscaling.second_bias.dtype}
     others = {classifiers.dtype, upscaling.norm_weight.dtype, upscaling.norm_bias.dtype}
-    native_fits = C % 8 == 0 and dtypes | others == {torch.float32}
-    triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
+    native_fits = C % 8 == 0 and first | second | others == {torch.float32}
+    triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and (first, second) in _TRITON_TYPES
     triton = (
         f"{_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, bfloat16, float16, "
-        f"got {C}, {M} and {sorted(map(str, dtypes))}"
+        f"got {C}, {M} and {sorted(map(str, first | second))}"
     )
     return {
         "native": None if native_fits else "float32 and channels in eights",

@@ -18,7 +18,7 @@ from sam_fast.modeling import MaskDecoder, TwoWayTransformer
 from sam_fast.modeling.layers import MLP, LayerNorm2d, MLPBlock
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock
 from sam_fast.ops.two_way_attention import HEADS
-from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
+from sam_fast.ops.upscale_masks import Upscaling, fits_float16, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.plain import is_untouched
 from sam_fast.runtime.streams import Number
@@ -104,6 +104,10 @@ class PackedDecoder:
         self.upscaling = Upscaling(*in_dtype)._replace(  # type: ignore[arg-type]
             norm_weight=upscaling.norm_weight, norm_bias=upscaling.norm_bias
         )
+        if dtype == torch.bfloat16 and fits_float16(upscaling):
+            self.upscaling = self.upscaling._replace(
+                second_weight=upscaling.second_weight.half().contiguous(), second_bias=upscaling.second_bias.half()
+            )
         # The perceptrons that make classifiers of mask tokens, all at once: [M, C_in, C_out] and [M, 1, C_out]. In
         # float32, of which there is little: a rounded classifier is wrong for all pixels alike.
         mlps = cast(list[MLP], list(self.decoder.output_hypernetworks_mlps))

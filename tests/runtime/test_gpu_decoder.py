@@ -71,6 +71,26 @@ def test_triton_equals_the_plain_decoder(images, dtype, model):
 
 
 @torch.no_grad()
+def test_the_second_half_of_the_upscaling_is_float16_where_nothing_leaves_its_range(model):
+    arguments = decoder_inputs(2, 3, 5, 7)
+    errors = {}
+    for name in ("as it is", "wide"):
+        decoder = copy.deepcopy(model.mask_decoder)
+        if name == "wide":  # the same, but for a channel that might grow large
+            decoder.output_upscaling[1].bias[3] += 2**15
+            decoder.output_upscaling[3].weight[3] = 0
+        packed = PackedDecoder(decoder, torch.bfloat16, "triton")
+        second = torch.float16 if name == "as it is" else torch.bfloat16
+        assert packed.upscaling.second_weight.dtype == packed.upscaling.second_bias.dtype == second
+        assert packed.upscaling.first_weight.dtype == torch.bfloat16
+        expected, _ = decoder(*arguments, multimask_output=True)
+        errors[name] = relative_error(run(packed, *arguments)[0], expected)
+    assert errors["as it is"] < 0.05 and errors["wide"] < 0.05
+    for dtype in (torch.float32, torch.float16):
+        assert PackedDecoder(model.mask_decoder, dtype).upscaling.second_weight.dtype == dtype
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tokens", [0, 11])
 @pytest.mark.parametrize("size", [(16, 16), (1, 1), (9, 5)], ids=str)
 def test_float32_equals_the_plain_decoder(size, tokens, model):
