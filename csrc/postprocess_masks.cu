@@ -1,22 +1,31 @@
-// A warp makes a tile of 64 columns (a word of bits: lane i has columns i and i + 32) by kTileRows rows of one mask,
-// stepping down the rows. What two neighbouring rows share stays in registers:
-//   source row r  -> samples: the row at the two grid columns of each output column   (once per row of the logits)
-//   grid row y    -> line: both at grid row y, blended to output columns              (once per row of S x S)
-//   output row    -> two lines blended, compared with three thresholds, a ballot for the bits
-// A tile whose samples lie on one side of every threshold is filled without interpolation. The float image is never in
-// memory: of a mask, 256 KB of logits are read and H * W / 8 bytes of bits are written, instead of about 20 bytes per
-// pixel. Counts are summed over a tile in registers and then by atomics on integers, so results do not depend on the
-// order. Limits: sides below 2**24, where floats count exactly.
+// A warp takes a run of tiles of one mask, 64 columns by kTileRows rows of the output each.
+//
+// First its lanes look at the logits that a tile reads, a lane per tile (or all lanes at one tile after the other,
+// where there are few tiles for many warps). A tile whose logits lie on one side of every threshold is certain: it is
+// counted without interpolation. Most tiles are. The others the warp makes one by one, stepping down their rows: lane i
+// has columns i and i + 32; values are compared with three thresholds, a ballot makes a word of bits.
+//
+// The float image is never in memory: of a mask, 256 KB of logits are read and H * W / 8 bytes of bits are written,
+// instead of about 20 bytes per pixel. Counts are summed over a run in registers and then by atomics on integers, so
+// results do not depend on the order. Limits: sides below 2**24, where floats count exactly.
 #include "arithmetic.h"
 #include "launch.cuh"
+#include "mask_values.cuh"
 #include "postprocess_masks.h"
+
+// Warps that keep a GPU busy several times over: with fewer tiles each has one. Tests set it to a few.
+#if !defined(SAM_FAST_TALLY_WARPS)
+#define SAM_FAST_TALLY_WARPS 16384
+#endif
 
 namespace sam_fast {
 namespace {
 
-constexpr int kStrips = 4;                                    // warps of a block: neighbouring tiles
+constexpr int kWarps = 4;                                     // of a block
 constexpr int kTileColumns = 64;                              // of the output
 constexpr int kTileRows = 32;                                 // one per lane
+constexpr int kMostTiles = kWarp;                             // of a run: one per lane
+constexpr int kFewTiles = 8;                                  // fewer of a run are tested by all lanes together
 constexpr int kMostTestedSamples = kTileColumns * kTileRows;  // a tile that reads more is computed untested
 
 // Sums of a mask. Sides of the box are stored such that 0 means none and larger is further out.
@@ -26,156 +35,6 @@ struct MaskSums {
 };
 static_assert(sizeof(MaskSums) == kMaskWorkspace * sizeof(int64_t), "a row of the workspace");
 
-// The grid rows of an output row, and the source rows of both.
-struct RowTaps {
-  Tap output, grid[2];
-};
-
-__device__ inline Tap grid_row_tap(const MaskGeometry& g, int32_t y) {
-  return bilinear_tap<true>(y, g.low_height, g.image_size);
-}
-__device__ inline Tap grid_column_tap(const MaskGeometry& g, int32_t x) {
-  return bilinear_tap<true>(x, g.low_width, g.image_size);
-}
-
-__device__ inline RowTaps row_taps(const MaskGeometry& g, int32_t y) {
-  const Tap output = bilinear_tap<true>(y, g.input_height, g.height);
-  return {output, {grid_row_tap(g, output.first), grid_row_tap(g, output.second)}};
-}
-
-// ---- Values.
-
-// An output column of a lane: the two source columns of both of its grid columns, and the weights of all.
-struct Column {
-  int32_t source[4];
-  float weight[4], across[2];
-};
-
-// Columns behind the last one come out as NaN, which is above no threshold.
-__device__ inline Column make_column(const MaskGeometry& g, int32_t x) {
-  const bool inside = x < g.width;
-  const Tap output = bilinear_tap<true>(inside ? x : g.width - 1, g.input_width, g.width);
-  const Tap first = grid_column_tap(g, output.first), second = grid_column_tap(g, output.second);
-  const float nothing = float_of_bits(0x7fc00000);
-  return {{first.first, first.second, second.first, second.second},
-          {first.first_weight, first.second_weight, second.first_weight, second.second_weight},
-          {inside ? output.first_weight : nothing, inside ? output.second_weight : nothing}};
-}
-
-// The values of a lane's two columns, row after row: rows must not go up.
-template <typename T>
-class Strip {
- public:
-  __device__ Strip(const T* source, const MaskGeometry& g, int32_t x)
-      : source_(source), width_(g.low_width), column_{make_column(g, x), make_column(g, x + kWarp)} {}
-
-  __device__ void row(const RowTaps& taps, float (&value)[2]) {
-    need_line(0, taps.output.first, taps.grid[0]);
-    need_line(1, taps.output.second, taps.grid[1]);
-    for (int c = 0; c < 2; ++c) {
-      value[c] = blend<true>(line_[0][c], taps.output.first_weight, line_[1][c], taps.output.second_weight);
-    }
-  }
-
- private:
-  // Slot 0 is asked for before slot 1, so each may have what is wanted for the other.
-  __device__ void need_line(int slot, int32_t row, const Tap& tap) {
-    if (line_row_[slot] == row) return;
-    const int other = 1 - slot;
-    if (line_row_[other] == row) {
-      for (int c = 0; c < 2; ++c) line_[slot][c] = line_[other][c];
-    } else {
-      need_samples(0, tap.first);
-      need_samples(1, tap.second);
-      for (int c = 0; c < 2; ++c) {
-        float side[2];
-        for (int s = 0; s < 2; ++s) {
-          side[s] = blend<true>(sample_[0][c][s], tap.first_weight, sample_[1][c][s], tap.second_weight);
-        }
-        line_[slot][c] = blend<true>(side[0], column_[c].across[0], side[1], column_[c].across[1]);
-      }
-    }
-    line_row_[slot] = row;
-  }
-
-  __device__ void need_samples(int slot, int32_t row) {
-    if (sample_row_[slot] == row) return;
-    const int other = 1 - slot;
-    const bool known = sample_row_[other] == row;
-    const T* values = source_ + static_cast<int64_t>(row) * width_;
-    for (int c = 0; c < 2; ++c) {
-      const Column& column = column_[c];
-      for (int s = 0; s < 2; ++s) {
-        sample_[slot][c][s] = known ? sample_[other][c][s]
-                                    : blend<true>(widen(values[column.source[2 * s]]), column.weight[2 * s],
-                                                  widen(values[column.source[2 * s + 1]]), column.weight[2 * s + 1]);
-      }
-    }
-    sample_row_[slot] = row;
-  }
-
-  const T* source_;
-  int64_t width_;
-  Column column_[2];
-  float sample_[2][2][2] = {};  // [slot][column][grid column]
-  float line_[2][2] = {};       // [slot][column]
-  int32_t sample_row_[2] = {-1, -1}, line_row_[2] = {-1, -1};
-};
-
-// One value where a side is small: there the CPU's kernels weight four samples at once (kSmallOutputSides).
-template <typename T>
-__device__ float small_value(const T* source, const MaskGeometry& g, const RowTaps& taps, int32_t x) {
-  const Tap across = bilinear_tap<true>(x, g.input_width, g.width);
-  const bool small_grid = 2 * g.image_size <= kSmallOutputSides;
-  float grid[2][2];
-  for (int i = 0; i < 2; ++i) {
-    const Tap row = taps.grid[i];
-    const T* top = source + static_cast<int64_t>(row.first) * g.low_width;
-    const T* bottom = source + static_cast<int64_t>(row.second) * g.low_width;
-    for (int j = 0; j < 2; ++j) {
-      const Tap column = grid_column_tap(g, j == 0 ? across.first : across.second);
-      const float a = widen(top[column.first]), b = widen(top[column.second]);
-      const float c = widen(bottom[column.first]), d = widen(bottom[column.second]);
-      grid[i][j] = small_grid
-                       ? bilinear_small<true>(a, b, c, d, row, column)
-                       : blend<true>(blend<true>(a, column.first_weight, b, column.second_weight), row.first_weight,
-                                     blend<true>(c, column.first_weight, d, column.second_weight), row.second_weight);
-    }
-  }
-  if (g.height + g.width <= kSmallOutputSides) {
-    return bilinear_small<true>(grid[0][0], grid[0][1], grid[1][0], grid[1][1], taps.output, across);
-  }
-  return blend<true>(
-      blend<true>(grid[0][0], across.first_weight, grid[0][1], across.second_weight), taps.output.first_weight,
-      blend<true>(grid[1][0], across.first_weight, grid[1][1], across.second_weight), taps.output.second_weight);
-}
-
-__host__ __device__ inline bool has_small_side(const MaskGeometry& g) {
-  return 2 * g.image_size <= kSmallOutputSides || g.height + g.width <= kSmallOutputSides;
-}
-
-// Calls visit(row of the tile, values of the lane's two columns) for each row of a tile.
-template <bool kSmall, typename T, typename Visit>
-__device__ void for_each_row(const T* source, const MaskGeometry& g, const RowTaps* taps, int32_t rows, int32_t x,
-                             Visit visit) {
-  float value[2];
-  if constexpr (kSmall) {
-    for (int32_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < 2; ++c) {
-        const int32_t at = x + c * kWarp;
-        value[c] = at < g.width ? small_value(source, g, taps[r], at) : float_of_bits(0x7fc00000);
-      }
-      visit(r, value);
-    }
-  } else {
-    Strip<T> strip(source, g, x);
-    for (int32_t r = 0; r < rows; ++r) {
-      strip.row(taps[r], value);
-      visit(r, value);
-    }
-  }
-}
-
 // ---- Certain tiles.
 
 struct Sides {
@@ -183,122 +42,181 @@ struct Sides {
   __device__ bool certain() const { return mask != 0 && inner != 0 && outer != 0; }
 };
 
-// The side on which all samples of a tile lie; every lane returns the same.
+struct Extent {
+  float least, most;
+  bool sided;  // no sample is NaN, infinite or huge
+
+  __device__ Sides sides(const MaskThresholds& t) const {
+    if (!sided) return {0, 0, 0};
+    return {side_of(least, most, t.mask), side_of(least, most, t.inner), side_of(least, most, t.outer)};
+  }
+};
+
+// The samples that a tile reads, every `step`th from `first` on.
 template <typename T>
-__device__ Sides sides_of_tile(const T* source, const MaskGeometry& g, const RowTaps* taps, int32_t rows, int32_t x0,
-                               const MaskThresholds& thresholds) {
-  const int32_t x1 = min(x0 + kTileColumns, g.width) - 1;
+__device__ Extent extent_of_tile(const T* source, const MaskGeometry& g, int32_t x0, int32_t y0, int32_t first,
+                                 int32_t step) {
+  const int32_t x1 = min(x0 + kTileColumns, g.width) - 1, y1 = min(y0 + kTileRows, g.height) - 1;
   const int32_t left = grid_column_tap(g, bilinear_tap<true>(x0, g.input_width, g.width).first).first;
   const int32_t right = grid_column_tap(g, bilinear_tap<true>(x1, g.input_width, g.width).second).second;
-  const int32_t top = taps[0].grid[0].first, bottom = taps[rows - 1].grid[1].second;
+  const int32_t top = row_taps(g, y0).grid[0].first, bottom = row_taps(g, y1).grid[1].second;
   const int32_t width = right - left + 1;
   const int64_t samples = static_cast<int64_t>(width) * (bottom - top + 1);
-  if (samples > kMostTestedSamples) return {0, 0, 0};
-  float least = kHuge, most = -kHuge;
-  bool sided = true;
-  for (int32_t i = lane_index(); i < static_cast<int32_t>(samples); i += kWarp) {
-    const float value = widen(source[static_cast<int64_t>(top + i / width) * g.low_width + left + i % width]);
-    sided = sided && value < kHuge && value > -kHuge;
-    least = fminf(least, value);
-    most = fmaxf(most, value);
+  Extent extent = {kHuge, -kHuge, samples <= kMostTestedSamples};
+  if (!extent.sided) return extent;
+  int32_t column = first % width;
+  const T* row = source + static_cast<int64_t>(top + first / width) * g.low_width + left;
+  for (int32_t i = first; i < static_cast<int32_t>(samples); i += step) {
+    const float value = widen(row[column]);
+    extent.sided = extent.sided && value < kHuge && value > -kHuge;
+    extent.least = fminf(extent.least, value);
+    extent.most = fmaxf(extent.most, value);
+    for (column += step; column >= width; column -= width) row += g.low_width;
   }
-  if (!__all_sync(kAllLanes, sided)) return {0, 0, 0};
+  return extent;
+}
+
+// The same of all samples, by all lanes; each returns the same.
+template <typename T>
+__device__ Extent extent_together(const T* source, const MaskGeometry& g, int32_t x0, int32_t y0) {
+  Extent extent = extent_of_tile(source, g, x0, y0, lane_index(), kWarp);
+  extent.sided = __all_sync(kAllLanes, extent.sided);
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    least = fminf(least, __shfl_xor_sync(kAllLanes, least, step));
-    most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, step));
+    extent.least = fminf(extent.least, __shfl_xor_sync(kAllLanes, extent.least, step));
+    extent.most = fmaxf(extent.most, __shfl_xor_sync(kAllLanes, extent.most, step));
   }
-  return {side_of(least, most, thresholds.mask), side_of(least, most, thresholds.inner),
-          side_of(least, most, thresholds.outer)};
+  return extent;
 }
 
-// ---- Tiles.
+// ---- Runs of tiles.
 
-// Where a block's tiles lie: kStrips tiles side by side.
-struct TileGrid {
-  int64_t across, down, count;  // groups of tiles of a mask, and of all masks
+// How masks are divided: into tiles, row by row, and these into runs.
+struct Runs {
+  int64_t across, tiles;  // of a mask; tiles side by side and in all
+  int64_t each;           // tiles of a run
+  int64_t per_mask, count;
 
-  __host__ __device__ TileGrid(const MaskGeometry& g, int64_t n)
-      : across((g.width + int64_t{kTileColumns} * kStrips - 1) / (kTileColumns * kStrips)),
-        down((g.height + kTileRows - 1) / kTileRows),
-        count(n * across * down) {}
+  __host__ __device__ Runs(const MaskGeometry& g, int64_t n)
+      : across((g.width + kTileColumns - 1) / kTileColumns),
+        tiles(across * ((g.height + kTileRows - 1) / kTileRows)),
+        each(min(max(n * tiles / SAM_FAST_TALLY_WARPS, int64_t{1}), int64_t{kMostTiles})),
+        per_mask((tiles + each - 1) / each),
+        count(n * per_mask) {}
 };
 
-struct Tile {
-  int64_t mask;
-  int32_t x, y, rows;
+// What a lane counted.
+class Tally {
+ public:
+  // A tile on one side of each threshold, by one lane.
+  __device__ void add_certain(const MaskGeometry& g, const Sides& sides, int32_t x, int32_t y) {
+    const int32_t columns = min(kTileColumns, g.width - x), rows = min(kTileRows, g.height - y);
+    if (sides.inner > 0) inner_ += columns * rows;
+    if (sides.outer > 0) outer_ += columns * rows;
+    if (sides.mask > 0) {
+      area_ += columns * rows;
+      enclose(g.width - x, x + columns, g.height - y, y + rows);
+    }
+  }
 
-  __device__ Tile(const TileGrid& grid, const MaskGeometry& g, int64_t index)
-      : mask(index / (grid.across * grid.down)),
-        x(static_cast<int32_t>((index % grid.across * kStrips + threadIdx.x / kWarp) * kTileColumns)),
-        y(static_cast<int32_t>(index / grid.across % grid.down * kTileRows)),
-        rows(min(kTileRows, g.height - y)) {}
+  // A row of a tile by its word of bits.
+  __device__ void add_row(const MaskGeometry& g, uint64_t word, int32_t x, int32_t y) {
+    if (word == 0) return;
+    area_ += __popcll(word);
+    enclose(g.width - (x + __ffsll(static_cast<long long>(word)) - 1), x + 64 - __clzll(static_cast<long long>(word)),
+            g.height - y, y + 1);
+  }
+
+  // A value of a tile.
+  __device__ void add_value(float value, const MaskThresholds& t) {
+    if (value > t.inner) ++inner_;
+    if (value > t.outer) ++outer_;
+  }
+
+  // Adds what all lanes counted to their mask.
+  __device__ void add_to(MaskSums* sums) const {
+    const unsigned area = __reduce_add_sync(kAllLanes, area_);
+    const unsigned inner = __reduce_add_sync(kAllLanes, inner_), outer = __reduce_add_sync(kAllLanes, outer_);
+    const unsigned from_right = __reduce_max_sync(kAllLanes, from_right_);
+    const unsigned right_end = __reduce_max_sync(kAllLanes, right_end_);
+    const unsigned from_bottom = __reduce_max_sync(kAllLanes, from_bottom_);
+    const unsigned bottom_end = __reduce_max_sync(kAllLanes, bottom_end_);
+    const int lane = lane_index();
+    if (lane == 0 && area != 0) atomicAdd(&sums->area, static_cast<unsigned long long>(area));
+    if (lane == 1 && inner != 0) atomicAdd(&sums->inner, static_cast<unsigned long long>(inner));
+    if (lane == 2 && outer != 0) atomicAdd(&sums->outer, static_cast<unsigned long long>(outer));
+    if (area == 0) return;
+    if (lane == 3) atomicMax(&sums->from_right, static_cast<int32_t>(from_right));
+    if (lane == 4) atomicMax(&sums->right_end, static_cast<int32_t>(right_end));
+    if (lane == 5) atomicMax(&sums->from_bottom, static_cast<int32_t>(from_bottom));
+    if (lane == 6) atomicMax(&sums->bottom_end, static_cast<int32_t>(bottom_end));
+  }
+
+ private:
+  __device__ void enclose(int32_t from_right, int32_t right_end, int32_t from_bottom, int32_t bottom_end) {
+    from_right_ = max(from_right_, static_cast<unsigned>(from_right));
+    right_end_ = max(right_end_, static_cast<unsigned>(right_end));
+    from_bottom_ = max(from_bottom_, static_cast<unsigned>(from_bottom));
+    bottom_end_ = max(bottom_end_, static_cast<unsigned>(bottom_end));
+  }
+
+  unsigned area_ = 0, inner_ = 0, outer_ = 0;
+  unsigned from_right_ = 0, right_end_ = 0, from_bottom_ = 0, bottom_end_ = 0;
 };
-
-// The taps of the block's rows, by all of its threads.
-__device__ inline void share_taps(RowTaps* taps, const MaskGeometry& g, const Tile& tile) {
-  __syncthreads();  // those of the tile before were read
-  const int32_t row = static_cast<int32_t>(threadIdx.x);
-  if (row < tile.rows) taps[row] = row_taps(g, tile.y + row);
-  __syncthreads();
-}
-
-// Adds a tile's counts to its mask. `word`: the bits of the tile's row `lane`; inner and outer: pixels of this lane.
-__device__ inline void add_tile(MaskSums* sums, const MaskGeometry& g, const Tile& tile, uint64_t word, int32_t inner,
-                                int32_t outer) {
-  const unsigned area = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popcll(word)));
-  const unsigned inner_sum = __reduce_add_sync(kAllLanes, static_cast<unsigned>(inner));
-  const unsigned outer_sum = __reduce_add_sync(kAllLanes, static_cast<unsigned>(outer));
-  const uint64_t columns = static_cast<uint64_t>(__reduce_or_sync(kAllLanes, static_cast<unsigned>(word >> 32))) << 32 |
-                           __reduce_or_sync(kAllLanes, static_cast<unsigned>(word));
-  const unsigned occupied = __ballot_sync(kAllLanes, word != 0);
-  const int lane = lane_index();
-  if (lane == 0 && area != 0) atomicAdd(&sums->area, static_cast<unsigned long long>(area));
-  if (lane == 1 && inner_sum != 0) atomicAdd(&sums->inner, static_cast<unsigned long long>(inner_sum));
-  if (lane == 2 && outer_sum != 0) atomicAdd(&sums->outer, static_cast<unsigned long long>(outer_sum));
-  if (area == 0) return;
-  if (lane == 3) atomicMax(&sums->from_right, g.width - (tile.x + __ffsll(static_cast<long long>(columns)) - 1));
-  if (lane == 4) atomicMax(&sums->right_end, tile.x + 64 - __clzll(static_cast<long long>(columns)));
-  if (lane == 5) atomicMax(&sums->from_bottom, g.height - (tile.y + __ffs(static_cast<int>(occupied)) - 1));
-  if (lane == 6) atomicMax(&sums->bottom_end, tile.y + 32 - __clz(static_cast<int>(occupied)));
-}
 
 template <bool kSmall, typename T>
-__global__ void __launch_bounds__(kStrips* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp)
     tally_kernel(MaskSums* sums, uint64_t* bits, const T* logits, int64_t n, MaskGeometry g, MaskThresholds t) {
-  __shared__ RowTaps taps[kTileRows];
-  const TileGrid grid(g, n);
+  __shared__ RowTaps taps_of_warps[kWarps][kTileRows];
+  const Runs runs(g, n);
   const int64_t words = (static_cast<int64_t>(g.width) + 63) / 64;
-  const int lane = lane_index();
-  for (int64_t index = blockIdx.x; index < grid.count; index += gridDim.x) {
-    const Tile tile(grid, g, index);
-    share_taps(taps, g, tile);
-    if (tile.x >= g.width) continue;
-    const T* source = logits + tile.mask * g.low_height * g.low_width;
-    uint64_t word = 0;  // of row `lane`
-    int32_t inner = 0, outer = 0;
-    const Sides sides = sides_of_tile(source, g, taps, tile.rows, tile.x, t);
-    if (sides.certain()) {
-      const int32_t valid = min(kTileColumns, g.width - tile.x);
-      if (lane < tile.rows) {
-        word = sides.mask > 0 ? ~uint64_t{0} >> (kTileColumns - valid) : 0;
-        inner = sides.inner > 0 ? valid : 0;
-        outer = sides.outer > 0 ? valid : 0;
-      }
+  const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / kWarp;
+  RowTaps* const taps = taps_of_warps[warp];
+  for (int64_t run = int64_t{blockIdx.x} * kWarps + warp; run < runs.count; run += int64_t{gridDim.x} * kWarps) {
+    const int64_t mask = run / runs.per_mask, first = run % runs.per_mask * runs.each;
+    const T* source = logits + mask * g.low_height * g.low_width;
+    const int count = static_cast<int>(min(runs.each, runs.tiles - first));
+    // Of lane i: tile i.
+    const int32_t x = static_cast<int32_t>((first + lane) % runs.across * kTileColumns);
+    const int32_t y = static_cast<int32_t>((first + lane) / runs.across * kTileRows);
+    Sides sides = {0, 0, 0};
+    if (count >= kFewTiles) {
+      if (lane < count) sides = extent_of_tile(source, g, x, y, 0, 1).sides(t);
     } else {
-      for_each_row<kSmall>(source, g, taps, tile.rows, tile.x + lane, [&](int32_t row, const float (&value)[2]) {
-        const uint64_t low = __ballot_sync(kAllLanes, value[0] > t.mask);
-        const uint64_t high = __ballot_sync(kAllLanes, value[1] > t.mask);
-        if (row == lane) word = high << 32 | low;
-        for (int c = 0; c < 2; ++c) {
-          inner += value[c] > t.inner;
-          outer += value[c] > t.outer;
-        }
-      });
+      for (int i = 0; i < count; ++i) {
+        const Extent extent = extent_together(source, g, __shfl_sync(kAllLanes, x, i), __shfl_sync(kAllLanes, y, i));
+        if (lane == i) sides = extent.sides(t);
+      }
     }
-    if (bits != nullptr && lane < tile.rows) {
-      bits[(tile.mask * g.height + tile.y + lane) * words + tile.x / kTileColumns] = word;
+    Tally tally;
+    const bool certain = sides.certain();
+    if (certain) tally.add_certain(g, sides, x, y);
+    unsigned left = __ballot_sync(kAllLanes, lane < count && (!certain || bits != nullptr));
+    for (; left != 0; left &= left - 1) {
+      const int i = __ffs(static_cast<int>(left)) - 1;
+      const int32_t tile_x = __shfl_sync(kAllLanes, x, i), tile_y = __shfl_sync(kAllLanes, y, i);
+      const int side = __shfl_sync(kAllLanes, certain ? sides.mask : 0, i);
+      const int32_t rows = min(kTileRows, g.height - tile_y);
+      uint64_t word = 0;  // of row `lane`
+      if (side > 0) {
+        word = ~uint64_t{0} >> (kTileColumns - min(kTileColumns, g.width - tile_x));
+      } else if (side == 0) {
+        __syncwarp();  // the taps of the tile before were read
+        if (lane < rows) taps[lane] = row_taps(g, tile_y + lane);
+        __syncwarp();
+        for_each_row<kSmall>(source, g, taps, rows, tile_x + lane, [&](int32_t row, const float (&value)[2]) {
+          const uint64_t low = __ballot_sync(kAllLanes, value[0] > t.mask);
+          const uint64_t high = __ballot_sync(kAllLanes, value[1] > t.mask);
+          if (row == lane) word = high << 32 | low;
+          tally.add_value(value[0], t);
+          tally.add_value(value[1], t);
+        });
+        tally.add_row(g, word, tile_x, tile_y + lane);
+      }
+      if (bits != nullptr && lane < rows) {
+        bits[(mask * g.height + tile_y + lane) * words + tile_x / kTileColumns] = word;
+      }
     }
-    add_tile(sums + tile.mask, g, tile, word, inner, outer);
+    tally.add_to(sums + mask);
   }
 }
 
@@ -316,18 +234,28 @@ __global__ void finish_kernel(int64_t* area, float* stability, int64_t* boxes, c
   }
 }
 
+__host__ __device__ inline int64_t blocks_across(const MaskGeometry& g) {
+  return (g.width + int64_t{kTileColumns} * kWarps - 1) / (kTileColumns * kWarps);
+}
+
+// A warp makes 64 columns by kTileRows rows; those of a block lie side by side.
 template <bool kSmall, typename T>
-__global__ void __launch_bounds__(kStrips* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp)
     resize_kernel(float* output, const T* logits, int64_t n, MaskGeometry g) {
   __shared__ RowTaps taps[kTileRows];
-  const TileGrid grid(g, n);
-  for (int64_t index = blockIdx.x; index < grid.count; index += gridDim.x) {
-    const Tile tile(grid, g, index);
-    share_taps(taps, g, tile);
-    const int32_t x = tile.x + lane_index();
+  const int64_t across = blocks_across(g), down = (g.height + kTileRows - 1) / kTileRows;
+  for (int64_t index = blockIdx.x; index < n * across * down; index += gridDim.x) {
+    const int64_t mask = index / (across * down);
+    const int32_t y = static_cast<int32_t>(index / across % down * kTileRows), rows = min(kTileRows, g.height - y);
+    __syncthreads();  // the taps of the rows before were read
+    if (static_cast<int32_t>(threadIdx.x) < rows)
+      taps[threadIdx.x] = row_taps(g, y + static_cast<int32_t>(threadIdx.x));
+    __syncthreads();
+    const int64_t strip = index % across * kWarps + threadIdx.x / kWarp;
+    const int32_t x = static_cast<int32_t>(strip * kTileColumns) + lane_index();
     if (x >= g.width) continue;
-    float* pixels = output + (tile.mask * g.height + tile.y) * g.width + x;
-    for_each_row<kSmall>(logits + tile.mask * g.low_height * g.low_width, g, taps, tile.rows, x,
+    float* pixels = output + (mask * g.height + y) * g.width + x;
+    for_each_row<kSmall>(logits + mask * g.low_height * g.low_width, g, taps, rows, x,
                          [&](int32_t row, const float (&value)[2]) {
                            float* pixel = pixels + static_cast<int64_t>(row) * g.width;
                            pixel[0] = value[0];
@@ -348,7 +276,8 @@ void postprocess_masks_cuda(int64_t* area, float* stability, int64_t* boxes, uin
   check_cuda(cudaMemsetAsync(sums, 0, static_cast<size_t>(n) * sizeof(MaskSums), static_cast<cudaStream_t>(stream)),
              "clearing the counts of masks failed");
   const auto kernel = has_small_side(geometry) ? tally_kernel<true, T> : tally_kernel<false, T>;
-  launch(kernel, TileGrid(geometry, n).count, kStrips * kWarp, stream, sums, words, logits, n, geometry, thresholds);
+  launch(kernel, ceil_div(Runs(geometry, n).count, kWarps), kWarps * kWarp, stream, sums, words, logits, n, geometry,
+         thresholds);
   launch(finish_kernel, ceil_div(n, 128), 128, stream, area, stability, boxes, sums, n, geometry.height,
          geometry.width);
 }
@@ -356,7 +285,8 @@ void postprocess_masks_cuda(int64_t* area, float* stability, int64_t* boxes, uin
 template <typename T>
 void resize_logits_cuda(float* output, const T* logits, int64_t n, const MaskGeometry& geometry, void* stream) {
   const auto kernel = has_small_side(geometry) ? resize_kernel<true, T> : resize_kernel<false, T>;
-  launch(kernel, TileGrid(geometry, n).count, kStrips * kWarp, stream, output, logits, n, geometry);
+  const int64_t blocks = n * blocks_across(geometry) * ceil_div(geometry.height, kTileRows);
+  launch(kernel, blocks, kWarps * kWarp, stream, output, logits, n, geometry);
 }
 
 #define SAM_FAST_INSTANTIATE(T)                                                                              \

@@ -24,6 +24,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 _FLAGS += [
     "-DSAM_FAST_CUDA_DEVICE_TYPE=1",
     "-DSAM_FAST_MOST_BLOCKS=5",
+    "-DSAM_FAST_TALLY_WARPS=6",
     "-Wall",
     "-Wextra",
     "-Werror",

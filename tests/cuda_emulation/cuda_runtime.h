@@ -248,6 +248,12 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value) {
   for (int i = 0; i < emulation::kLanes; ++i) all |= static_cast<unsigned>(seen[i]);
   return all;
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  const uint64_t* seen = emulation::exchange(mask, value, "reduce_max");
+  unsigned most = 0;
+  for (int i = 0; i < emulation::kLanes; ++i) most = std::max(most, static_cast<unsigned>(seen[i]));
+  return most;
+}
 
 // ---- Atomics: another thread of the block may come first.
 

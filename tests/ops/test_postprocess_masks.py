@@ -362,6 +362,21 @@ def test_gpu_takes_no_masks_strided_logits_and_many_masks(gpu):
     check_against_official(on_cpu(got), official_image(logits, (99, 100), (70, 66), 100), exact=FUSED)
 
 
+@pytest.mark.parametrize(
+    ("masks", "original"), [(1, (70, 66)), (3, (70, 140)), (2, (130, 517)), (9, (300, 130))], ids=str
+)
+@pytest.mark.parametrize("with_bits", [True, False], ids=["bits", "counts alone"])
+def test_gpu_takes_runs_of_tiles(gpu, masks, original, with_bits):
+    """Of one tile, of a few that warps look at together, and of more than a row of them."""
+    logits = make_logits("blobs", (masks, 64, 64))
+    logits[0] = 5.0  # certain throughout
+    got = postprocess_masks(logits.to(gpu), (256, 200), original, 256, return_bits=with_bits, backend="native")
+    expected = postprocess_masks(logits, (256, 200), original, 256, return_bits=with_bits, backend="native")
+    for ours, theirs in zip(on_cpu(got), expected, strict=True):
+        assert (ours is None and theirs is None) or not FUSED or same(ours, theirs)
+    assert got.area[0] == original[0] * original[1]
+
+
 VALID = ((2, 8, 8), (32, 20), (50, 60), 32)
 
 
