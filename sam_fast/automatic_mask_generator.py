@@ -187,9 +187,8 @@ class SamAutomaticMaskGenerator:
         embedding = self.predictor.encode_images([pixels])[0]
         crop = Crop((x0, y0, x1, y1), Frame(embedding.original_size, embedding.input_size, embedding.image_size))
         data, logits = _no_candidates(device), MaskLogits()
-        for found in self._in_batches(embedding, points, coords, edges):
-            logits.add(crop, found["low_res"])
-            del found["low_res"]
+        for found, low_res, rows in self._in_batches(embedding, points, coords, edges):
+            logits.add(crop, low_res, rows)
             data.cat(found)
         keep = self._nms(data["boxes"], data["iou_preds"], self.box_nms_thresh)
         data.filter(keep)
@@ -201,14 +200,16 @@ class SamAutomaticMaskGenerator:
 
     def _in_batches(
         self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor
-    ) -> Iterator[MaskData]:
+    ) -> Iterator[tuple[MaskData, torch.Tensor, torch.Tensor | None]]:
         """`_candidates` of batch after batch; where memory runs out, of smaller batches from then on."""
         most = max(self.points_per_batch, _FEWEST_POINTS.get(embedding.device.type, 1))
         start, count = 0, most
         while start < len(points):
             some = slice(start, start + count)
             try:
-                found = self._candidates(embedding, points[some], coords[some], edges)
+                found, low_res, meant = self._candidates(embedding, points[some], coords[some], edges)
+                several = count < len(points)  # of which each must wait for the others, and takes no more than it needs
+                low_res, rows = (low_res[meant], None) if several else (low_res, meant)
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -216,12 +217,12 @@ class SamAutomaticMaskGenerator:
                     warnings.warn(f"out of memory with points_per_batch={count}; going on with less", stacklevel=2)
                 count //= 2
                 continue
-            yield found
+            yield found, low_res, rows
             start += count
 
     def _candidates(
         self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor
-    ) -> MaskData:
+    ) -> tuple[MaskData, torch.Tensor, torch.Tensor]:
         """Decode one prompt per point and keep the masks that pass every filter of their own.
 
         Args:
@@ -229,6 +230,9 @@ class SamAutomaticMaskGenerator:
             points: [N, 2] float64, XY, pixels of the crop.
             coords: [N, 2] float64, the same in the frame of the model's input.
             edges: [2, 4] int64, XYXY, boxes of the crop and of the image.
+
+        Returns:
+            what is known of K masks, logits of these and of others, and in which of their rows the K are.
         """
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None
@@ -241,16 +245,16 @@ class SamAutomaticMaskGenerator:
         keep = ~is_box_near_crop_edge(measured.boxes, edges[0], edges[1])
         if self.stability_score_thresh > 0.0:
             keep &= measured.stability_score >= self.stability_score_thresh
+        rows = keep.nonzero()[:, 0]
         data = MaskData(
-            low_res=low_res,
             iou_preds=iou,
             points=points[prompt],
             stability_score=measured.stability_score,
             boxes=measured.boxes,
             area=measured.area,
         )
-        data.filter(keep)
-        return data
+        data.filter(rows)
+        return data, low_res, rows
 
     def _nms(self, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
         return nms(boxes.float(), scores, threshold, backend=self._backend)

@@ -35,17 +35,31 @@ class MaskLogits:
 
     def __init__(self) -> None:
         self._parts: list[tuple[Crop, Tensor]] = []
+        # Which rows of the last part are meant, if not all: few of them may be left soon, and only those need a copy.
+        self._rows: Tensor | None = None
 
     def __len__(self) -> int:
-        return sum(len(logits) for _, logits in self._parts)
+        surplus = 0 if self._rows is None else len(self._parts[-1][1]) - len(self._rows)
+        return sum(len(logits) for _, logits in self._parts) - surplus
 
-    def add(self, crop: Crop, logits: Tensor) -> None:
-        """Append rows."""
+    def add(self, crop: Crop, logits: Tensor, rows: Tensor | None = None) -> None:
+        """Append rows: those that are named, or all. The others stay in memory until the next `add` or `keep`."""
+        self._settle()
         self._parts.append((crop, logits))
+        self._rows = rows
 
     def extend(self, other: MaskLogits) -> None:
         """Append the rows of `other`."""
+        self._settle()
         self._parts += other._parts
+        self._rows = other._rows
+
+    def _settle(self) -> None:
+        """Drop rows of the last part that are not meant."""
+        if self._rows is not None:
+            crop, logits = self._parts.pop()
+            self._parts.append((crop, logits[self._rows]))
+            self._rows = None
 
     def keep(self, rows: Tensor) -> Tensor:
         """Drop all rows but `rows` [K], and return where each of these lies from now on, [K].
@@ -54,8 +68,10 @@ class MaskLogits:
         """
         if len(self._parts) == 1:
             ((crop, logits),) = self._parts
-            self._parts = [(crop, logits[rows])]
+            meant = rows if self._rows is None else self._rows[rows]
+            self._parts, self._rows = [(crop, logits[meant])], None
             return torch.arange(len(rows), device=rows.device)
+        self._settle()
         ascending, order = rows.sort()
         parts, self._parts = self._parts[::-1], []
         ends = list(itertools.accumulate(len(logits) for _, logits in reversed(parts)))
@@ -81,6 +97,7 @@ class MaskLogits:
 
     def take(self, most: int) -> Iterator[tuple[Crop, Tensor]]:
         """Rows in order, at most so many at a time; they are gone from here then."""
+        self._settle()
         while self._parts:
             crop, logits = self._parts.pop(0)
             for some in logits.split(most):

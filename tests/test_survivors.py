@@ -57,6 +57,33 @@ def test_rows_are_found_again(sizes, share):
     assert torch.equal(values[places], rows.float())
 
 
+@pytest.mark.parametrize("sizes", [(5,), (3, 0, 4), (2, 2)], ids=str)
+def test_rows_that_are_not_meant_are_dropped(sizes):
+    logits, meant = MaskLogits(), []
+    for i, size in enumerate(sizes):
+        rows = torch.arange(size)[1::2].flip(0)
+        logits.add(CROPS[i // 2], numbered(10 * i, size), rows)
+        meant.append(10 * i + rows)
+        assert len(logits) == sum(map(len, meant))
+    values = torch.cat(meant).float()
+    rows = torch.arange(len(values)).flip(0)[:-1]
+    with Copies(2, 2) as copies:
+        places = logits.keep(rows)
+    # Those of the last part alone, or, of several, of those that are meant once more.
+    assert copies.nbytes == 16 * (len(rows) + (len(sizes) > 1) * len(meant[-1]))
+    taken = torch.cat([some[:, 0, 0] for _, some in logits.take(2)])
+    assert len(taken) == len(rows) and torch.equal(taken[places], values[rows])
+
+
+def test_rows_of_another_that_are_not_meant_are_dropped():
+    logits, other = MaskLogits(), MaskLogits()
+    logits.add(CROPS[0], numbered(0, 3), torch.tensor([2]))
+    other.add(CROPS[1], numbered(10, 3), torch.tensor([1, 0]))
+    logits.extend(other)
+    assert len(logits) == 3
+    assert torch.cat([some[:, 0, 0] for _, some in logits.take(9)]).tolist() == [2, 11, 10]
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("cleaned", [False, True], ids=["as they are", "cleaned"])
 def test_segmentations(mode, cleaned):
