@@ -78,7 +78,7 @@ def layer_norm_kernel(
 
 
 def variants(architecture: int) -> Iterator[Variant]:
-    """All that the encoders of the package ask for."""
+    """All that the encoders of the package ask for, and what the tokens of the decoder do."""
     formats = (torch.bfloat16, torch.float16, torch.float32)
     for C in (256, 768, 1024, 1280):
         for dtype in formats:
@@ -92,6 +92,11 @@ def variants(architecture: int) -> Iterator[Variant]:
             rest = dict.fromkeys(("delta", "total", "scales"))
             name += ", rows alone"
             yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
+            if C == 256:
+                signature = {name: "*fp32:16" for name in ("output", "x", "weight", "bias", "total")}
+                signature |= {"delta": f"*{kind}:16", "eps": "fp32"}
+                name, rest = f"256 channels of tokens, {kind}", dict.fromkeys(("shift", "scales"))
+                yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
         if architecture >= 90:  # which has products of 8-bit numbers
             signature = {"output": "*fp8e4nv:16", "delta": "*bf16:16", "eps": "fp32"}
             signature |= {name: "*fp32:16" for name in ("x", "weight", "bias", "shift", "total", "scales")}

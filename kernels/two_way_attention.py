@@ -28,6 +28,7 @@ from torch import Tensor
 HEADS = 8
 MOST_CHANNELS = 256
 MOST_ROWS = 128  # that pixels take from
+_WHOLE = 7 / 8  # of an image
 _HEADS = tl.constexpr(HEADS)
 _LOG2_E = tl.constexpr(LOG2_E)
 _CHUNK = tl.constexpr(32)  # channels at a time of products without tensor cores
@@ -89,7 +90,7 @@ def write(
     D, R = pe.shape[1], offered.shape[1]
     launch = write_launch(architecture(image.device), image.dtype, padded(R))
     tiles = triton.cdiv(P, launch.pixels)
-    each = triton.cdiv(tiles * N, programs_at_a_time(image.device))
+    each = tiles_each(tiles, N, image.device)
     grid = N, triton.cdiv(tiles, each)
     rest = (keys, constant, offered, bias, norm_weight, norm_bias, eps, int(len(image) > 1), P, R, each)
     sizes = {"C": C, "D": D, **launch.constants(), **launch.options()}
@@ -269,6 +270,15 @@ def programs_at_a_time(device: torch.device) -> int:
     if INTERPRETED:
         return 4
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def tiles_each(tiles: int, programs: int, device: torch.device) -> int:
+    """How many of an image's tiles each of `programs` programs takes, or more of them, that all run at a time.
+
+    Who is to take nearly all of an image takes all of it: a program for a tile or two would begin when others end.
+    """
+    each = triton.cdiv(tiles * programs, programs_at_a_time(device))
+    return tiles if each >= _WHOLE * tiles else each
 
 
 def boxes(x: Tensor, pixels: int) -> Any:

@@ -24,14 +24,13 @@ from sam_fast.kernels.two_way_attention import (
     boxes,
     load_pixels,
     padded,
-    programs_at_a_time,
+    tiles_each,
 )
 from torch import Tensor
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LOWEST = tl.constexpr(-1e30)  # where maxima begin: finite, so that scores of -inf weigh nothing instead of NaN
 _RUNS = 16  # that `combine_kernel` reads at a time
-_WHOLE = 7 / 8  # of an image: who is to read so much of it reads all of it, and there is nothing to combine
 
 
 def read_launch(architecture: int, dtype: torch.dtype, rows: int) -> Launch:
@@ -172,8 +171,7 @@ def _tiles_each(image: Tensor, prompts: int, rows: int, launch: Launch) -> int:
     """Tiles of pixels per program: two at least, for each run leaves a sum [R, C] behind."""
     tiles = triton.cdiv(image.shape[1], launch.pixels)
     blocks = prompts * triton.cdiv(rows, launch.rows)
-    each = max(2, triton.cdiv(tiles * blocks, programs_at_a_time(image.device)))
-    return tiles if each >= _WHOLE * tiles else each
+    return max(2, tiles_each(tiles, blocks, image.device))
 
 
 def variants(architecture: int) -> Iterator[Variant]:

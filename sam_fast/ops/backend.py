@@ -27,6 +27,7 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "quantise": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "two_way_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
+    "token_attention": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
     "upscale_masks": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
     "resize": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},
 }

@@ -20,6 +20,7 @@ from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock
 from sam_fast.ops.two_way_attention import HEADS
 from sam_fast.ops.upscale_masks import Upscaling, fits_float16, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
+from sam_fast.runtime.perceptrons import SumLayerNorm
 from sam_fast.runtime.plain import is_untouched
 from sam_fast.runtime.streams import Number
 from sam_fast.runtime.two_way import FirstLayer, StackedSharing, can_absorb, project_first_layer, token_layers, two_way
@@ -93,11 +94,12 @@ class PackedDecoder:
             if type(part) is nn.Linear:
                 part.to(dtype).__class__ = _RoundingLinear
             elif type(part) is nn.LayerNorm:
-                part.__class__ = _Float32LayerNorm
+                part.__class__ = SumLayerNorm
+                cast(SumLayerNorm, part).backend = backend
         self.layers = token_layers(self.transformer, backend)
         for index, layer in enumerate(cast(list[TwoWayAttentionBlock], list(self.transformer.layers))):
             if StackedSharing.fits(layer):
-                self.layers.blocks[index] = self.layers.blocks[index]._replace(share=StackedSharing(layer))
+                self.layers.blocks[index] = self.layers.blocks[index]._replace(share=StackedSharing(layer, backend))
         self._output_tokens = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
         upscaling = upscaling_weights(self.decoder.output_upscaling)
         in_dtype = [x.to(dtype).contiguous() if isinstance(x, Tensor) else x for x in upscaling]
@@ -308,8 +310,3 @@ class _RoundingLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-
-
-class _Float32LayerNorm(nn.LayerNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float())

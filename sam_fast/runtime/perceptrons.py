@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_fast.modeling.layers import MLP, MLPBlock
+from sam_fast.ops.layer_norm import layer_norm
 from sam_fast.ops.perceptron import perceptron
 
 
@@ -45,8 +46,26 @@ class Perceptron:
             return perceptron(x, self._weights, self._biases, residual, self._norm_weights)
         for index, layer in enumerate(self._layers):
             x = layer(F.relu(x) if index else x)
+        if isinstance(self._norm, SumLayerNorm):
+            return self._norm(x, residual)
         x = x if residual is None else residual + x
         return x if self._norm is None else self._norm(x)
+
+
+class SumLayerNorm(nn.LayerNorm):
+    """A LayerNorm of x, or of residual + x, by `ops.layer_norm`: float32, whatever comes in."""
+
+    backend = "auto"  # of the operation
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        first, delta = (x, None) if residual is None else (residual, x)
+        if self.weight is None or self.bias is None:
+            return super().forward(first.float() if delta is None else first.float() + delta)
+        more = None if delta is None else delta.reshape(-1, delta.shape[-1])
+        rows = first.reshape(-1, first.shape[-1])
+        weight, bias, of_rows = self.weight, self.bias, self.backend
+        y, _ = layer_norm(rows, weight, bias, self.eps, delta=more, dtype=torch.float32, backend=of_rows)
+        return y.view(first.shape)
 
 
 def perceptron_of(module: nn.Module, norm: nn.Module | None = None, backend: str = "auto") -> Perceptron:

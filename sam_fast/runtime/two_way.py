@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
+from sam_fast.ops.token_attention import token_attention
 from sam_fast.ops.two_way_attention import Write, two_way_attention
 from sam_fast.runtime.perceptrons import Perceptron, perceptron_of
 from sam_fast.runtime.plain import is_packed_on
@@ -200,12 +201,14 @@ def _sharing(
 class StackedSharing:
     """Self-attention of the tokens, with one product for all projections that read the same; weights are copied."""
 
-    def __init__(self, layer: TwoWayAttentionBlock) -> None:
+    def __init__(self, layer: TwoWayAttentionBlock, backend: str = "auto") -> None:
         """
         Args:
             layer: one that `fits`.
+            backend: of the operations.
         """
-        self._layer = layer
+        self._layer, self._backend = layer, backend
+        self._out_proj = Perceptron((layer.self_attn.out_proj,), layer.norm1, backend)
         attention = layer.self_attn
         projections = [attention.q_proj, attention.k_proj, attention.v_proj]
         stacked = [projections] if layer.skip_first_layer_pe else [projections[:2], projections[2:]]
@@ -226,9 +229,9 @@ class StackedSharing:
         alone = layer.skip_first_layer_pe
         given = [queries.to(dtype)] if alone else [_sum(queries, tokens, dtype).to(dtype), queries.to(dtype)]
         products = map(F.linear, given, self._weights, self._biases)
-        q, k, v = (_heads(attention, x) for product in products for x in product.split(attention.internal_dim, dim=2))
-        read = attention.out_proj(_side_by_side(F.scaled_dot_product_attention(q, k, v)))
-        return layer.norm1(read if alone else queries + read)
+        q, k, v = (x for product in products for x in product.split(attention.internal_dim, dim=2))
+        read = token_attention(q, k, v, attention.num_heads, backend=self._backend)
+        return self._out_proj(read, None if alone else queries)
 
 
 def _placed(layers: _AttentionLayers, queries: Tensor, tokens: Tensor) -> Tensor:

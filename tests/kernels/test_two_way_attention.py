@@ -123,7 +123,7 @@ def test_size_of_the_decoder():
 
 
 def test_more_runs_than_are_combined_at_a_time(dtype, monkeypatch):
-    monkeypatch.setattr(two_way_read, "programs_at_a_time", lambda _: 1000)
+    monkeypatch.setattr(kernels, "programs_at_a_time", lambda _: 1000)
     arguments = problem(1, 2210, 32, 0, 1, dtype)
     assert two_way_read.read_runs(arguments[0], 1, 8) > two_way_read._RUNS
     check(arguments, dtype)
@@ -131,7 +131,7 @@ def test_more_runs_than_are_combined_at_a_time(dtype, monkeypatch):
 
 @pytest.mark.parametrize("programs", [1, 6], ids=["one run", "three runs"])
 def test_runs(programs, dtype, monkeypatch):
-    monkeypatch.setattr(two_way_read, "programs_at_a_time", lambda _: programs)
+    monkeypatch.setattr(kernels, "programs_at_a_time", lambda _: programs)
     arguments = problem(2, 330, 32, 0, 2, dtype)
     runs = two_way_read.read_runs(arguments[0], 2, 16)
     assert runs == 1 if programs == 1 else runs > 2
@@ -141,10 +141,12 @@ def test_runs(programs, dtype, monkeypatch):
 @pytest.mark.parametrize(("prompts", "runs"), [(1, 32), (64, 4), (150, 2), (226, 2), (227, 1), (256, 1), (300, 1)])
 def test_a_run_is_not_left_for_a_tile_or_two(prompts, runs, monkeypatch):
     """For pixels of SAM's decoder, on the 132 processors of an H100."""
-    monkeypatch.setattr(two_way_read, "programs_at_a_time", lambda _: 264)
+    monkeypatch.setattr(kernels, "programs_at_a_time", lambda _: 264)
     monkeypatch.setattr(two_way_read, "architecture", lambda _: 90)
     image = torch.empty(1, 4096, 256, dtype=torch.bfloat16, device=DEVICE)
     assert two_way_read.read_runs(image, prompts, 56) == runs
+    each = kernels.tiles_each(64, prompts, image.device)
+    assert -(-64 // each) == (64 if prompts == 1 else runs)  # where there is little to write, programs of one tile
 
 
 def test_large_scores_do_not_overflow(dtype):
