@@ -4,7 +4,9 @@ Cases:
 * "blurred": half of the masks Gaussian-blurred noise of sigma 24 px, half of sigma 8 px (at 256 px), std 6, mean -3:
   blobs with as much boundary as real masks and more, so that skipping of certain words is not flattered;
 * "noise": unblurred noise of the same std and mean, in which nothing can be skipped;
-* "click": one prompt's three masks, as a predictor makes them: resize, threshold, boolean masks.
+* "click": one prompt's three masks, as a predictor makes them: resize, threshold, boolean masks;
+* "records": the last step of a generator on a GPU, image after image: bits of 50 masks to boolean ones, those of the
+  image before dropped; in memory that is used again, and fresh from the system. The official masks are boolean before.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from benchmarks.timing import (
     rows,
     write_rows,
 )
-from sam_fast.ops.packed_masks import unpack_masks
+from sam_fast import recycling
+from sam_fast.ops.packed_masks import unpack_masks, unpack_masks_apart
 from sam_fast.ops.postprocess_masks import postprocess_masks
 from sam_fast.ops.rle import decode_rle, encode_rle
+from sam_fast.recycling import MOST_BYTES, Recycler
 
 LOW, IMAGE_SIZE = 256, 1024
 THRESHOLD, OFFSET = 0.0, 1.0
@@ -175,6 +179,38 @@ def prepare(case: str, peer: str, masks: int, size: tuple[int, int]) -> Callable
     return lambda: chains[peer](logits, size)
 
 
+def records_peer(name: str, most_bytes: int, bits: Tensor, width: int) -> Peer:
+    """Unpacks masks and drops those of the call before; keeps up to so many bytes between calls."""
+    recycler, held = Recycler(most_bytes), []
+
+    def run() -> list[Tensor]:
+        recycling.masks = recycler
+        held[:] = unpack_masks_apart(bits, width)
+        return held
+
+    return Peer(name, run)
+
+
+def measure_records(masks: int, size: tuple[int, int], repetitions: int) -> list[Row]:
+    """Gate and times of "records"."""
+    bits = postprocess_masks(make_logits("blurred", masks), input_size(*size), size, IMAGE_SIZE).bits
+    assert bits is not None
+    expected = unpack_masks(bits, size[1], backend="torch")
+
+    def gate(_: Any, got: list[Tensor]) -> None:
+        if not all(map(torch.equal, expected, got)):
+            raise WrongResult("masks differ from their bits")
+
+    before = recycling.masks
+    try:
+        peers = [records_peer("sam_fast, fresh memory", 0, bits, size[1])]
+        peers.append(records_peer("sam_fast", MOST_BYTES, bits, size[1]))
+        timings = compare(peers, gate, repetitions=repetitions, warmup=3)
+    finally:
+        recycling.masks = before
+    return rows("postprocess", "records", f"{masks}x{size[0]}x{size[1]}", "bool", timings)
+
+
 def measure(case: str, masks: int, size: tuple[int, int], repetitions: int) -> list[Row]:
     """Gate, times and memory of one case."""
     chains = CLICK_CHAINS if case == "click" else CHAINS
@@ -193,16 +229,19 @@ def main() -> None:
     parser.add_argument("--width", type=positive, default=1800)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
-    parser.add_argument(
-        "--cases", nargs="+", default=["blurred", "noise", "click"], choices=["blurred", "noise", "click"]
-    )
+    cases = ["blurred", "noise", "click", "records"]
+    parser.add_argument("--cases", nargs="+", default=cases, choices=cases)
     parser.add_argument("--no-write", action="store_true", help="print only, leave benchmarks/results alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for case in arguments.cases:
-        masks = 3 if case == "click" else arguments.masks
-        repetitions = 10 * arguments.repetitions if case == "click" else arguments.repetitions
-        measured = measure(case, masks, (arguments.height, arguments.width), repetitions)
+        size = arguments.height, arguments.width
+        if case == "records":
+            measured = measure_records(50, size, 5 * arguments.repetitions)
+        elif case == "click":
+            measured = measure(case, 3, size, 10 * arguments.repetitions)
+        else:
+            measured = measure(case, arguments.masks, size, arguments.repetitions)
         print_rows(measured)
         if not arguments.no_write:
             write_rows("postprocess", measured)
