@@ -97,6 +97,13 @@ def variants(architecture: int) -> Iterator[Variant]:
                 signature |= {"delta": f"*{kind}:16", "eps": "fp32"}
                 name, rest = f"256 channels of tokens, {kind}", dict.fromkeys(("shift", "scales"))
                 yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
+                signature = {name: "*fp32:16" for name in ("output", "weight", "bias")}
+                signature |= {"x": f"*{kind}:16", "eps": "fp32"}
+                name, rest = (
+                    f"256 channels of tokens, {kind}, alone",
+                    dict.fromkeys(("shift", "delta", "total", "scales")),
+                )
+                yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
         if architecture >= 90:  # which has products of 8-bit numbers
             signature = {"output": "*fp8e4nv:16", "delta": "*bf16:16", "eps": "fp32"}
             signature |= {name: "*fp32:16" for name in ("x", "weight", "bias", "shift", "total", "scales")}

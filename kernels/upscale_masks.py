@@ -8,8 +8,8 @@ without a mask that is wanted end at once: which masks are, is read from memory,
 
 Upscaled pixels, 16 C2 per pixel of the image, are never stored: PyTorch writes and reads them and their predecessors,
 30 MB per prompt. Sums and LayerNorm are float32. In half precision GELU is the one by tanh, whose error is an eighth of
-a rounding to bfloat16; in float32 the one by erf. With a second weight in float16 all behind the LayerNorm is float16,
-beside an image in bfloat16, too: its GELUs are made in pairs, and its digits are eight times as many.
+a rounding to bfloat16; in float32 the one by erf. Beside an image in bfloat16 the second weight may be float16: then
+all behind the LayerNorm is, and its GELUs are made in pairs.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def upscale_kernel(
     PIXELS: tl.constexpr,  # of a tile
     BOXES: tl.constexpr,
     EXACT: tl.constexpr,  # float32
-    PAIRS: tl.constexpr,  # the second weight is float16
+    PAIRS: tl.constexpr,  # the second weight is float16, beside an image in bfloat16
 ):
     prompt = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, MASKS)
@@ -211,7 +211,7 @@ def _constants(C: int, masks: int, dtype: torch.dtype, second: torch.dtype, laun
         "PIXELS": launch.pixels,
         "BOXES": launch.boxes,
         "EXACT": dtype == torch.float32,
-        "PAIRS": second == torch.float16,
+        "PAIRS": second != dtype,
     }
 
 

@@ -207,9 +207,7 @@ class SamAutomaticMaskGenerator:
         while start < len(points):
             some = slice(start, start + count)
             try:
-                found, low_res, meant = self._candidates(embedding, points[some], coords[some], edges)
-                several = count < len(points)  # of which each must wait for the others, and takes no more than it needs
-                low_res, rows = (low_res[meant], None) if several else (low_res, meant)
+                candidates = self._candidates(embedding, points[some], coords[some], edges, alone=count >= len(points))
             except torch.OutOfMemoryError:
                 if count == 1:
                     raise
@@ -217,12 +215,13 @@ class SamAutomaticMaskGenerator:
                     warnings.warn(f"out of memory with points_per_batch={count}; going on with less", stacklevel=2)
                 count //= 2
                 continue
-            yield found, low_res, rows
+            yield candidates
+            del candidates
             start += count
 
     def _candidates(
-        self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor
-    ) -> tuple[MaskData, torch.Tensor, torch.Tensor]:
+        self, embedding: ImageEmbedding, points: torch.Tensor, coords: torch.Tensor, edges: torch.Tensor, alone: bool
+    ) -> tuple[MaskData, torch.Tensor, torch.Tensor | None]:
         """Decode one prompt per point and keep the masks that pass every filter of their own.
 
         Args:
@@ -230,9 +229,10 @@ class SamAutomaticMaskGenerator:
             points: [N, 2] float64, XY, pixels of the crop.
             coords: [N, 2] float64, the same in the frame of the model's input.
             edges: [2, 4] int64, XYXY, boxes of the crop and of the image.
+            alone: there are no other points, for which candidates must wait and should take no more than they need.
 
         Returns:
-            what is known of K masks, logits of these and of others, and in which of their rows the K are.
+            what is known of K masks, and their logits; where they are alone, of others, too, and the rows of theirs.
         """
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None
@@ -254,7 +254,7 @@ class SamAutomaticMaskGenerator:
             area=measured.area,
         )
         data.filter(rows)
-        return data, low_res, rows
+        return (data, low_res, rows) if alone else (data, low_res[rows], None)
 
     def _nms(self, boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
         return nms(boxes.float(), scores, threshold, backend=self._backend)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,9 +40,13 @@ class Recycler:
             most_bytes: that are kept while they are not used.
         """
         self._most_bytes = most_bytes
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as a new process must: of a thread that was at work here nothing but its traces came along."""
+        self._lock = threading.Lock()
         self._kept: OrderedDict[int, list[np.ndarray]] = OrderedDict()  # by their bytes; sizes in use of late are last
-        # Whatever a thread does here, collecting garbage in its midst may bring memory back in the same thread.
-        self._lock = threading.RLock()
+        self._returned: deque[np.ndarray] = deque()  # what came back while the lock was held, not yet sorted in
 
     def take(self, shape: Sequence[int]) -> Taken:
         """A bool tensor on the CPU whose values are undefined."""
@@ -50,6 +54,7 @@ class Recycler:
         if size < LEAST_BYTES:
             return Taken(torch.empty(tuple(shape), dtype=torch.bool, device="cpu"), True)
         with self._lock:
+            self._sort_in()
             memory = self._pop(size, -1) if size in self._kept else None
         fresh = memory is None
         if memory is None:
@@ -60,18 +65,30 @@ class Recycler:
     def kept_bytes(self) -> int:
         """How many bytes wait for their next use."""
         with self._lock:
-            return sum(size * len(blocks) for size, blocks in self._kept.items())
-
-    def unlock(self) -> None:
-        """In a new process: a thread that held the lock stayed behind in the old one."""
-        self._lock = threading.RLock()
+            self._sort_in()
+            return self._bytes()
 
     def _take_back(self, memory: np.ndarray) -> None:
-        with self._lock:
+        """Never waits: it is called wherever the last reference goes, even within `take`, if garbage is collected."""
+        self._returned.append(memory)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    # -- with the lock held
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            memory = self._returned.popleft()
             self._kept.setdefault(memory.nbytes, []).append(memory)
             self._kept.move_to_end(memory.nbytes)
-            while self.kept_bytes > self._most_bytes:
-                self._pop(next(iter(self._kept)), 0)
+        while self._bytes() > self._most_bytes:
+            self._pop(next(iter(self._kept)), 0)
+
+    def _bytes(self) -> int:
+        return sum(size * len(blocks) for size, blocks in self._kept.items())
 
     def _pop(self, size: int, index: int) -> np.ndarray:
         memory = self._kept[size].pop(index)
@@ -94,4 +111,4 @@ class _Loan:
 
 masks = Recycler()  # of this process: predictors and generators share what is kept
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=masks.unlock)
+    os.register_at_fork(after_in_child=masks.forget)

@@ -54,9 +54,10 @@ class AmgFiles:
 def write_folder(records: Sequence[dict[str, Any]], folder: Path, pool: Executor) -> None:
     """Write masks as 0.png, 1.png, ... (0 and 255), and at last what is known about them as metadata.csv.
 
-    Masks that an earlier run left in the folder are removed.
+    What an earlier run left in the folder is removed before, so that a table says that all of its masks are there.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.csv").unlink(missing_ok=True)
     for stale in folder.glob("*.png"):
         if stale.stem.isdigit():
             stale.unlink()

@@ -40,7 +40,7 @@ class Behind:
     What a task raises is raised by a later call, or by the end of the context.
     """
 
-    def __init__(self, most: int = 2) -> None:
+    def __init__(self, most: int = 1) -> None:
         """
         Args:
             most: tasks that are not finished; one more has to wait.

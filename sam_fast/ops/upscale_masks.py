@@ -61,7 +61,7 @@ def upscale_masks(
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
             half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
             to a quarter and an eighth, and up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
-            where that `fits_float16`: it is faster, and more exact. What they do not take, auto leaves to PyTorch.
+            where that `fits_float16`: it is faster, and no less exact. What they do not take, auto leaves to PyTorch.
 
     Returns:
         `out`: [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is
@@ -89,14 +89,15 @@ def upscale_masks(
 
 @torch.no_grad()
 def fits_float16(upscaling: Upscaling) -> bool:
-    """Whether float16 holds all that is behind the LayerNorm, whatever the image: numbers below 2^15, twice its range.
+    """Whether float16 holds all that is behind the LayerNorm, whatever the image, with more digits than bfloat16.
 
-    No value of a LayerNorm of C1 channels is larger than sqrt(C1), and no GELU larger than what goes into it.
+    No value of a LayerNorm of C1 channels is larger than sqrt(C1), and no GELU larger than what goes into it: numbers
+    stay below 2^15, half of what there is. And the largest are 2^-8 at least, 64 times the smallest of full precision.
     """
     squares = upscaling.norm_weight.abs().float() * len(upscaling.norm_weight) ** 0.5 + upscaling.norm_bias.abs()
     weight, bias = upscaling.second_weight.abs().float(), upscaling.second_bias.abs().float()
     pixels = weight @ squares.float() + bias.repeat(4)
-    return all(bool(x.max() < 2**15) for x in (squares, pixels, weight))
+    return all(2**-8 <= float(x.max()) < 2**15 for x in (squares, pixels, weight))
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:

@@ -154,9 +154,14 @@ def test_what_fits_float16():
     for factor, fits in ((0.99, True), (1.01, False)):
         only = torch.zeros_like(weights.norm_weight)
         one = weights._replace(norm_weight=only + 2, norm_bias=only, second_weight=0 * weights.second_weight)
+        one.second_weight[5, 2] = 1.0
         assert fits_float16(one._replace(norm_bias=only + factor * (2**15 - 8))) == fits
         one.second_weight[5, 2] = -factor * (2**15 - 100) / 8
         assert fits_float16(one._replace(second_bias=one.second_bias * 0 - 100)) == fits
+    for factor, fits in ((1.0, True), (1e-4, False)):  # of which few digits would be left
+        assert fits_float16(weights._replace(second_weight=factor * weights.second_weight)) == fits
+        small = weights._replace(norm_weight=factor * weights.norm_weight, norm_bias=factor * weights.norm_bias)
+        assert fits_float16(small) == fits
     for name in ("norm_weight", "norm_bias", "second_weight", "second_bias"):
         assert not fits_float16(weights._replace(**{name: getattr(weights, name) * torch.nan}))
 
