@@ -125,7 +125,8 @@ def test_decoder(tmp_path, monkeypatch):
     assert set(chunks) == {1, 2, 3} and before == decoding.MOST_PROMPTS
     whole = {case: rows.pop(case) for case in ("decode, 3 prompts", "decode_filtered, 3 prompts")}
     assert all(list(ways) == ["1 at a time", "2 at a time"] for ways in whole.values())
-    assert list(rows) == ["write, 1 prompts", "write, one image, 1 prompts", "read, 1 prompts", "upscale, 1 prompts"]
+    kernels = "write", "write, one image", "read", "upscale", "upscale in bf16"
+    assert list(rows) == [f"{kernel}, 1 prompts" for kernel in kernels]
     assert list(rows["read, 1 prompts"]) == ["present", "pixels 32", "programs x 0.5", "programs x 2"]
     assert list(rows["write, one image, 1 prompts"])[:3] == ["present", "pixels 128, warps 8", "programs x 2"]
     assert list(rows["upscale, 1 prompts"])[:3] == ["present", "warps 4", "pixels 64, warps 4"]

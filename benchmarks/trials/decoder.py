@@ -37,10 +37,12 @@ def try_decoder(run: Run) -> None:
     side, C, count = config.image_size // config.patch_size, config.prompt_embed_dim, run.prompts[0]
     modules = write_kernels, read_kernels, upscale_kernels
     names = "write_launch", "read_launch", "upscale_launch"
-    functions = [*zip(modules, names, strict=True), *((module, "programs_at_a_time") for module in modules)]
+    functions = [*zip(modules, names, strict=True)]
+    functions += [(module, "programs_at_a_time") for module in (write_kernels, upscale_kernels)]
     with replaceable(*functions):
         images = [randn(run.device, count, side * side, C, seed=seed) for seed in range(2)]
-        cases = [*_write_cases(images), _read_case(images), _upscale_case(images, side)]
+        cases = [*_write_cases(images), _read_case(images)]
+        cases += [_upscale_case(images, side, second) for second in (torch.float16, torch.bfloat16)]
         measure_cases(run, "decoder", cases)
         del images, cases
     if not all(run.has_begun(_name(most)) for most in AT_A_TIME):
@@ -102,8 +104,8 @@ def _read_case(images: list[Tensor]) -> Case:
     return Case(f"read, {N} prompts", images[0].nbytes, "TB/s", calls, error, variants)
 
 
-def _upscale_case(images: list[Tensor], side: int) -> Case:
-    """From pixels to the logits of three masks per prompt."""
+def _upscale_case(images: list[Tensor], side: int, second: torch.dtype) -> Case:
+    """From pixels to the logits of three masks per prompt, behind the LayerNorm in `second`."""
     N, P, C = images[0].shape
     device, C1, C2 = images[0].device, C // 4, C // 8
     weights = Upscaling(
@@ -112,8 +114,8 @@ def _upscale_case(images: list[Tensor], side: int) -> Case:
         norm_weight=randn(device, C1, dtype=torch.float32, seed=17),
         norm_bias=randn(device, C1, dtype=torch.float32, seed=18),
         eps=1e-6,
-        second_weight=randn(device, 4 * C2, C1, scale=0.1, seed=19),
-        second_bias=randn(device, C2, seed=20),
+        second_weight=randn(device, 4 * C2, C1, scale=0.1, seed=19).to(second),
+        second_bias=randn(device, C2, seed=20).to(second),
     )
     classifiers = randn(device, N, 3, C2, dtype=torch.float32, seed=21)
     squares = [image.unflatten(1, (side, side)) for image in images]
@@ -126,7 +128,8 @@ def _upscale_case(images: list[Tensor], side: int) -> Case:
     variants = launches("upscale_launch", present, *changes) | _programs(0.5, 2)
     calls = [partial(upscale_masks, image, weights, classifiers, backend="triton") for image in squares]
     work = images[0].nbytes + 4 * N * 3 * 16 * P
-    return Case(f"upscale, {N} prompts", work, "TB/s", calls, error, variants)
+    name = f"upscale{'' if second == torch.float16 else ' in bf16'}, {N} prompts"
+    return Case(name, work, "TB/s", calls, error, variants)
 
 
 def _programs(*factors: float) -> dict[str, Functions]:
