@@ -31,7 +31,7 @@ def gelu_of_double(h, EXACT: tl.constexpr):
 
 @triton.jit
 def gelu_of_double_in_pairs(h):
-    """`gelu_of_double` of float16 by tanh, two numbers at a time: half as many instructions.
+    """`gelu_of_double` of float16 by tanh, two numbers at a time: two thirds of the instructions.
 
     Steps are rounded to float16, which together is at most half of a rounding to bfloat16. |h| must be below 2^14.
     """

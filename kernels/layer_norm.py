@@ -93,16 +93,15 @@ def variants(architecture: int) -> Iterator[Variant]:
             name += ", rows alone"
             yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
             if C == 256:
+                name = f"tokens, {kind}"
                 signature = {name: "*fp32:16" for name in ("output", "x", "weight", "bias", "total")}
                 signature |= {"delta": f"*{kind}:16", "eps": "fp32"}
-                name, rest = f"256 channels of tokens, {kind}", dict.fromkeys(("shift", "scales"))
+                rest = dict.fromkeys(("shift", "scales"))
                 yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
                 signature = {name: "*fp32:16" for name in ("output", "weight", "bias")}
                 signature |= {"x": f"*{kind}:16", "eps": "fp32"}
-                name, rest = (
-                    f"256 channels of tokens, {kind}, alone",
-                    dict.fromkeys(("shift", "delta", "total", "scales")),
-                )
+                rest = dict.fromkeys(("shift", "delta", "total", "scales"))
+                name += ", rows alone"
                 yield Variant(name, layer_norm_kernel, signature, {**row_constants(C), **rest}, row_options(C))
         if architecture >= 90:  # which has products of 8-bit numbers
             signature = {"output": "*fp8e4nv:16", "delta": "*bf16:16", "eps": "fp32"}

@@ -14,10 +14,7 @@ import triton.language as tl
 from sam_fast.kernels.launch import LOG2_E, TRITON_TYPES, WIDENED, Variant
 from torch import Tensor
 
-MOST_TOKENS = 16
-CHANNELS = (16, 32, 64)  # of a head
-_TOKENS = tl.constexpr(MOST_TOKENS)
-_LOG2_E = tl.constexpr(LOG2_E)
+_TOKENS = tl.constexpr(16)  # at most
 
 
 def token_attention(output: Tensor, q: Tensor, k: Tensor, v: Tensor, heads: int) -> None:

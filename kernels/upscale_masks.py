@@ -122,8 +122,9 @@ def upscale_kernel(
     at = classifiers + (prompt * M + out // 2) * C2 + pair % C2
     hyper = tl.load(at, mask=(out // 2 < M) & (pair // C2 == out % 2), other=0.0)
     low = hyper
-    scale = tl.max(tl.abs(hyper), 0)
+    scale = 1.0
     if PAIRS:  # classifiers of any size
+        scale = tl.max(tl.abs(hyper), 0)
         scale = tl.where(scale > 0.0, scale, 1.0)
         hyper = (hyper / scale[None, :]).to(tl.float16)
         if WIDENED:

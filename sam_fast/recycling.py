@@ -1,7 +1,7 @@
 """Memory of masks that nobody holds any more, for the masks of the next call.
 
-The masks of one image take a hundred megabytes. A system that is asked for so much anew clears it page by page, which
-takes several times as long as to write the masks, and takes it back as slowly when they are dropped.
+The masks of one image take a hundred megabytes. A system that is asked for so much anew clears it page by page, and
+takes it back page by page when they are dropped: together that takes longer than to write the masks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from sam_fast.cli.amg_files import AmgFiles
-from sam_fast.cli.beside import Behind, ahead
 from sam_fast.cli.console import escaped, item_progress, out, report_error
 from sam_fast.cli.model import (
     Backend,
@@ -25,6 +24,7 @@ from sam_fast.cli.model import (
     choose_device,
     load_trained_model,
 )
+from sam_fast.cli.pipeline import Behind, ahead
 
 _SETTINGS = "Mask generator"
 _NO_PHOTOS = {"PDF", "PALM", "MPEG", "HDF5", "GRIB", "BUFR"}  # formats that Pillow knows, but cannot read by itself

@@ -61,7 +61,7 @@ def upscale_masks(
         backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
             half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
             to a quarter and an eighth, and up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
-            where that `fits_float16`: it is faster, and no less exact. What they do not take, auto leaves to PyTorch.
+            where that `fits_float16`: fewer instructions, no less exact. What they do not take, auto leaves to PyTorch.
 
     Returns:
         `out`: [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from sam_fast.cli.beside import Behind, ahead
+from sam_fast.cli.pipeline import Behind, ahead
 
 PATIENCE = 20  # seconds after which a test has failed
 
@@ -72,42 +72,40 @@ def test_behind_is_done_at_the_end() -> None:
     assert sorted(done) == list(range(7))
 
 
-def test_behind_holds_few_tasks_at_a_time() -> None:
-    go_on, begun = threading.Event(), threading.Semaphore(0)
-    queued: list[int] = []
+def test_behind_does_a_task_at_a_time() -> None:
+    go_on, begun = threading.Event(), threading.Event()
+    handed_over: list[int] = []
 
     def task() -> None:
-        begun.release()
+        begun.set()
         assert go_on.wait(PATIENCE)
 
     def submit() -> None:
-        with Behind(2) as behind:
-            for number in range(3):
+        with Behind() as behind:
+            for number in range(2):
                 behind(task)
-                queued.append(number)
+                handed_over.append(number)
 
     thread = threading.Thread(target=submit)
     thread.start()
-    for _ in range(2):
-        assert begun.acquire(timeout=PATIENCE)
+    assert begun.wait(PATIENCE)
     time.sleep(0.05)
-    assert queued == [0, 1]  # the third waits
+    assert handed_over == [0]  # the second waits
     go_on.set()
     thread.join(PATIENCE)
-    assert queued == [0, 1, 2]
+    assert handed_over == [0, 1]
 
 
 def fail() -> None:
     raise OSError("no space left")
 
 
-def test_what_a_task_raises_is_raised_by_a_later_one_or_at_the_end() -> None:
+def test_what_a_task_raises_is_raised_by_the_next_call_or_at_the_end() -> None:
     done: list[int] = []
-    with pytest.raises(OSError, match="no space"), Behind(2) as behind:
-        behind(fail)
+    with pytest.raises(OSError, match="no space"), Behind() as behind:
         behind(lambda: done.append(1))
-    assert done == [1]
-    with pytest.raises(OSError, match="no space"), Behind(1) as behind:
+        behind(fail)
+    with pytest.raises(OSError, match="no space"), Behind() as behind:
         behind(fail)
         behind(lambda: done.append(2))
     assert done == [1]

@@ -1,4 +1,4 @@
-"""Files that are read before, and written behind, the work that everything waits for."""
+"""Files of the next items are read, and those of the last one written, while the model works on an item."""
 
 from __future__ import annotations
 
@@ -35,19 +35,14 @@ def ahead(function: Callable[[_Item], _Made], items: Iterable[_Item], count: int
 
 
 class Behind:
-    """Threads that do what nobody waits for; a context, at whose end all of it is done.
+    """A thread that does what nobody waits for, a task at a time; a context, at whose end all is done.
 
-    What a task raises is raised by a later call, or by the end of the context.
+    What a task raises is raised by the next call, or by the end of the context.
     """
 
-    def __init__(self, most: int = 1) -> None:
-        """
-        Args:
-            most: tasks that are not finished; one more has to wait.
-        """
-        self._most = most
-        self._pool = ThreadPoolExecutor(most, thread_name_prefix="behind")
-        self._unfinished: deque[Future[None]] = deque()
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="behind")
+        self._task: Future[None] | None = None
 
     def __enter__(self) -> Behind:
         return self
@@ -55,13 +50,14 @@ class Behind:
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self._pool.shutdown()
         if kind is None:
-            self._wait_for(0)
+            self._finish()
 
     def __call__(self, task: Callable[[], None]) -> None:
-        """Have `task` done."""
-        self._wait_for(self._most - 1)
-        self._unfinished.append(self._pool.submit(task))
+        """Have `task` done; waits for the one before, so that what two of them hold is the most that is held."""
+        self._finish()
+        self._task = self._pool.submit(task)
 
-    def _wait_for(self, most: int) -> None:
-        while len(self._unfinished) > most:
-            self._unfinished.popleft().result()
+    def _finish(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.result()
