@@ -2,5 +2,6 @@
 #include "rel_pos_attention_kernel.h"
 
 namespace sam_fast {
-const RelPosKernels kRelPosBase = {pack_tables, pack_keys, attend};
+const RelPosKernels<float> kRelPosBase = {pack_tables, pack_keys, attend};
+const RelPosKernels<uint16_t> kRelPosBf16Base = {pack_tables, pack_keys, attend};
 }

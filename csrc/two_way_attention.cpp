@@ -34,12 +34,10 @@ void combine(float* read, const TwoWayPartial* parts, int64_t count, int64_t row
   }
 }
 
-}  // namespace
-
-void two_way_attention(const TwoWayArguments& arguments, int threads) {
+template <typename T>
+void run(TwoWaySweep<T> sweep, const TwoWayArguments<T>& arguments, int threads) {
   const TwoWayShape& shape = arguments.shape;
   if (shape.prompts == 0 || shape.pixels == 0) return;
-  const TwoWaySweep sweep = SAM_FAST_PICK(kTwoWaySweep);
   const int64_t rows = 8 * arguments.readers, tiles = (shape.pixels + kTwoWayTile - 1) / kTwoWayTile;
   const int64_t wanted = threads == 1 ? 1 : (4 * threads + shape.prompts - 1) / shape.prompts;
   const int64_t part_pixels = kTwoWayTile * ((tiles + wanted - 1) / wanted);
@@ -69,6 +67,18 @@ void two_way_attention(const TwoWayArguments& arguments, int threads) {
       }
     }
   }
+}
+
+}  // namespace
+
+template <>
+void two_way_attention(const TwoWayArguments<float>& arguments, int threads) {
+  run(SAM_FAST_PICK(kTwoWaySweep), arguments, threads);
+}
+
+template <>
+void two_way_attention(const TwoWayArguments<uint16_t>& arguments, int threads) {
+  run(SAM_FAST_PICK_BF16(kTwoWaySweepBf16), arguments, threads);
 }
 
 }  // namespace sam_fast

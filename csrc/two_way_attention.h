@@ -29,19 +29,23 @@ struct TwoWayWrite {
   float eps;
 };
 
+// T is float, or uint16_t for the bits of bfloat16: then factors of all products with pixels are bfloat16, and sums,
+// softmax and LayerNorm float32.
+template <typename T>
 struct TwoWayArguments {
   TwoWayShape shape;
-  const float* image;        // [N or 1, P, C]
+  const T* image;            // [N or 1, P, C]
   bool shared;               // one image for all prompts
   const float* pe;           // [P, C]
   const TwoWayWrite* write;  // or null: the image stays as it is
   int64_t readers;           // tokens that read
   const float* absorbed;     // [N, C, R], queries of the tokens that read, projected to the image; or null: none reads
-  float* written;            // [N, P, C], may be the image itself; null without write
+  T* written;                // [N, P, C], may be the image itself; null without write
   float* read;               // [N, R, C], softmax over pixels of (image + pe) . absorbed, times the image; or null
 };
 
-void two_way_attention(const TwoWayArguments& arguments, int threads);
+template <typename T>
+void two_way_attention(const TwoWayArguments<T>& arguments, int threads);
 
 // What one sweep over some pixels of one prompt leaves of the readings: per row the largest score, the sum of
 // exponentials against it, and the sum of pixels weighted by them.
@@ -56,14 +60,19 @@ static inline int64_t two_way_stride(int64_t channels) { return channels + 16; }
 
 constexpr int64_t kTwoWayTile = 48;  // pixels; all that a tile needs stays in the second-level cache
 
-static inline int64_t two_way_workspace(const TwoWayArguments& a) {
+// In floats; enough for either type.
+template <typename T>
+static inline int64_t two_way_workspace(const TwoWayArguments<T>& a) {
   const int64_t tokens = a.write == nullptr ? 0 : a.write->tokens, most = tokens > a.readers ? tokens : a.readers;
-  return kTwoWayTile * (8 * most + 2 * two_way_stride(a.shape.channels)) +
+  return kTwoWayTile * (8 * (most + a.readers) + 2 * two_way_stride(a.shape.channels)) +
          8 * (2 * tokens + a.readers) * a.shape.channels;
 }
 
-using TwoWaySweep = void (*)(const TwoWayArguments&, int64_t prompt, int64_t begin, int64_t end, float* workspace,
+template <typename T>
+using TwoWaySweep = void (*)(const TwoWayArguments<T>&, int64_t prompt, int64_t begin, int64_t end, float* workspace,
                              const TwoWayPartial&);
-extern const TwoWaySweep kTwoWaySweepBase, kTwoWaySweepAvx2, kTwoWaySweepAvx512;
+extern const TwoWaySweep<float> kTwoWaySweepBase, kTwoWaySweepAvx2, kTwoWaySweepAvx512;
+extern const TwoWaySweep<uint16_t> kTwoWaySweepBf16Base, kTwoWaySweepBf16Avx2, kTwoWaySweepBf16Avx512,
+    kTwoWaySweepBf16Avx512Bf16;
 
 }  // namespace sam_fast

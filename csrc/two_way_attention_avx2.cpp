@@ -2,5 +2,6 @@
 #include "two_way_attention_kernel.h"
 
 namespace sam_fast {
-const TwoWaySweep kTwoWaySweepAvx2 = sweep;
+const TwoWaySweep<float> kTwoWaySweepAvx2 = sweep;
+const TwoWaySweep<uint16_t> kTwoWaySweepBf16Avx2 = sweep;
 }

@@ -2,5 +2,6 @@
 #include "two_way_attention_kernel.h"
 
 namespace sam_fast {
-const TwoWaySweep kTwoWaySweepAvx512 = sweep;
+const TwoWaySweep<float> kTwoWaySweepAvx512 = sweep;
+const TwoWaySweep<uint16_t> kTwoWaySweepBf16Avx512 = sweep;
 }

@@ -2,5 +2,6 @@
 #include "two_way_attention_kernel.h"
 
 namespace sam_fast {
-const TwoWaySweep kTwoWaySweepBase = sweep;
+const TwoWaySweep<float> kTwoWaySweepBase = sweep;
+const TwoWaySweep<uint16_t> kTwoWaySweepBf16Base = sweep;
 }

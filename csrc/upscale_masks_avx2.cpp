@@ -2,5 +2,6 @@
 #include "upscale_masks_kernel.h"
 
 namespace sam_fast {
-const UpscaleKernel kUpscaleAvx2 = upscale;
+const UpscaleKernel<float> kUpscaleAvx2 = upscale;
+const UpscaleKernel<uint16_t> kUpscaleBf16Avx2 = upscale;
 }

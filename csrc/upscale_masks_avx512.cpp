@@ -2,5 +2,6 @@
 #include "upscale_masks_kernel.h"
 
 namespace sam_fast {
-const UpscaleKernel kUpscaleAvx512 = upscale;
+const UpscaleKernel<float> kUpscaleAvx512 = upscale;
+const UpscaleKernel<uint16_t> kUpscaleBf16Avx512 = upscale;
 }

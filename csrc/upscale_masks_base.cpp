@@ -2,5 +2,6 @@
 #include "upscale_masks_kernel.h"
 
 namespace sam_fast {
-const UpscaleKernel kUpscaleBase = upscale;
+const UpscaleKernel<float> kUpscaleBase = upscale;
+const UpscaleKernel<uint16_t> kUpscaleBf16Base = upscale;
 }

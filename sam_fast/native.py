@@ -56,8 +56,13 @@ def cuda_stream(tensor: torch.Tensor) -> int:
 
 
 def cpu_level() -> str:
-    """The instruction set of the CPU kernels: base, avx2 or avx512 (lowered by the variable SAM_FAST_CPU)."""
+    """The instruction set of the CPU kernels: base, avx2, avx512 or avx512bf16; the variable SAM_FAST_CPU lowers it."""
     return str(module().cpu_level())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether native operations on a CPU are faster in bfloat16 than in float32."""
+    return is_available() and cpu_level() == "avx512bf16"
 
 
 def num_threads() -> int:

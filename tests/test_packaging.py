@@ -158,7 +158,7 @@ print(json.dumps({
     report = json.loads(python(environment, script))
     for file in report["files"]:
         assert Path(file).is_relative_to(environment)
-    assert report["level"] in ("base", "avx2", "avx512")
+    assert report["level"] in ("base", "avx2", "avx512", "avx512bf16")
     assert report["photos"]["astronaut.jpg"] == [512, 512]
     assert report["nano"] > 9e6
     assert report["kept"] == [1, 2]

@@ -16,6 +16,8 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
+_NATIVE_TYPES = (torch.float32, torch.bfloat16)
+_NATIVE_WIDTH = 512  # kMostHeadWidth of csrc/rel_pos_attention.h
 _TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,7 +41,7 @@ def rel_pos_attention(
         rel_pos: Rh [2 rows - 1, d] and Rw [2 columns - 1, d], or None.
         window: rows and columns of a window; (H, W) for attention over the whole image.
         scale: by default 1 / sqrt(d).
-        backend: "native" (float32, d a multiple of 8), "triton" (d = 16, 32, 48, 64, 80, 96, 128, ..., and no
+        backend: "native" (float32 or bfloat16, d a multiple of 8 up to 512), "triton" (d = 16, 32, 48, 64, 80, 96, 128, ..., and no
             qkv_bias where there is padding: see `runtime.packed_encoder`), "torch" or "auto".
 
     Returns:
@@ -124,7 +126,7 @@ def _takes(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tupl
     _, H, W, _, heads, d = qkv.shape
     first = 1 << (d.bit_length() - 1)
     rest = d - first
-    native_fits = d % 8 == 0 and all(x.dtype == torch.float32 for x in tensors)
+    native_fits = d % 8 == 0 and d <= _NATIVE_WIDTH and qkv.dtype in _NATIVE_TYPES and all(x.dtype == qkv.dtype for x in tensors)
     one_type = qkv.dtype in _TRITON_TYPES and all(x.dtype == qkv.dtype for x in tensors)
     triton = None
     if not one_type or first < 16 or rest & (rest - 1) or 0 < rest < 16:
@@ -133,7 +135,7 @@ def _takes(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tupl
         triton = "images of fewer numbers than 2**31"
     elif bias is not None and (H % window[0] or W % window[1]):
         triton = "no qkv_bias where there is padding"
-    return {"native": None if native_fits else "float32 and heads as wide as a multiple of 8", "triton": triton}
+    return {"native": None if native_fits else "one type, float32 or bfloat16, and heads as wide as a multiple of 8, up to 512", "triton": triton}
 
 
 def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:

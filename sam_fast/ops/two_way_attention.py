@@ -73,14 +73,16 @@ def two_way_attention(
         write: what pixels take from; None leaves the image as it is.
         absorbed_queries: q Wk / sqrt(d) by head, [N, C, R]; None if nobody reads.
         heads: h.
-        backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton up to 16
-            tokens to take from, 32, 64, 128 or 256 channels, and float32 or half precision, which image, pe and all
-            that is multiplied with them share; both take 8 heads. What they do not take, auto leaves to PyTorch.
+        backend: "native", "triton", "torch" or "auto". Native takes channels in eights, images in float32 or bfloat16
+            and all else in float32: with a bfloat16 image it rounds to that what it multiplies with pixels. Triton
+            takes up to 16 tokens to take from, 32, 64, 128 or 256 channels, and float32 or half precision, which
+            image, pe and all that is multiplied with them share. Both take 8 heads. What they do not take, auto leaves
+            to PyTorch.
         overwrite: the caller has no more use for X [N, P, C]: Triton then writes over it, and takes no more memory.
 
     Returns:
-        the image that was written [N, P, C], or `image` itself, and what was read, [N, R, C] or None; both of the
-        image's type.
+        the image that was written [N, P, C], or `image` itself, of its type; and what was read, [N, R, C] or None, of
+        the type of absorbed_queries.
 
     Raises:
         ValueError: shapes do not fit, or the backend that was asked for cannot take these.
@@ -104,7 +106,7 @@ def two_way_attention_reference(
     image: Tensor, pe: Tensor, write: Write | None, absorbed_queries: Tensor | None, heads: int
 ) -> tuple[Tensor, Tensor | None]:
     """`two_way_attention` in PyTorch, float32 inside."""
-    dtype = image.dtype
+    dtype, read_dtype = image.dtype, None if absorbed_queries is None else absorbed_queries.dtype
     image, pe, write, absorbed_queries = _widened(image, pe, write, absorbed_queries)
     if write is not None:
         if write.queries is None:
@@ -120,7 +122,7 @@ def two_way_attention_reference(
         return image.to(dtype), None
     image = image.to(dtype).to(image.dtype)  # tokens read what was stored
     scores = absorbed_queries.transpose(1, 2) @ (image + pe).transpose(1, 2)  # [N, R, P]
-    return image.to(dtype), (scores.softmax(2) @ image).to(dtype)
+    return image.to(dtype), (scores.softmax(2) @ image).to(read_dtype)
 
 
 def _takes(
@@ -132,15 +134,16 @@ def _takes(
     if write is not None:
         factors += [write.offered, write.absorbed_keys, write.queries, write.keys]
     dtypes = {x.dtype for x in factors if x is not None}
-    others = {x.dtype for x in write or () if isinstance(x, Tensor)}
-    native_fits = heads == HEADS and C % HEADS == 0 and dtypes | others == {torch.float32}
+    beside = [x for x in (*factors[1:], *(write or ())) if isinstance(x, Tensor)]
+    native_fits = heads == HEADS and C % HEADS == 0 and image.dtype in (torch.float32, torch.bfloat16)
+    native_fits &= all(x.dtype == torch.float32 for x in beside)
     triton_fits = heads == HEADS and C in _TRITON_CHANNELS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
     if write is not None:
         width = 128 if write.queries is None else write.queries[0].numel()
         rows = write.offered.shape[1]
         triton_fits &= rows <= _triton_rows(image) and width in _TRITON_CHANNELS
     triton_fits &= pe.numel() < 2**31  # offsets within an image have 32 bits
-    native = f"{HEADS} heads, channels in eights, and float32"
+    native = f"{HEADS} heads, channels in eights, an image in float32 or bfloat16, and all else in float32"
     triton = (
         f"{HEADS} heads, {_TRITON_CHANNELS} channels, {_triton_rows(image) // HEADS} tokens and one of float32, "
         f"bfloat16, float16, got {heads}, {C} and {sorted(map(str, dtypes))}"
@@ -282,8 +285,9 @@ def _two_way_attention_fake(image: Tensor, pe: Tensor, *rest: Any) -> tuple[Tens
 
 def _read_like(image: Tensor, prompts: int, absorbed_queries: Tensor | None) -> Tensor:
     """Memory for what is read, [N, R, C]; [N, 0, C] if nobody reads."""
-    rows = 0 if absorbed_queries is None else absorbed_queries.shape[2]
-    return image.new_empty(prompts if absorbed_queries is None else len(absorbed_queries), rows, image.shape[2])
+    if absorbed_queries is None:
+        return image.new_empty(prompts, 0, image.shape[2])
+    return absorbed_queries.new_empty(len(absorbed_queries), absorbed_queries.shape[2], image.shape[2])
 
 
 register(

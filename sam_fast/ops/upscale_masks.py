@@ -12,6 +12,7 @@ from sam_fast import native
 from sam_fast.ops.backend import choose_backend
 from sam_fast.ops.library import register
 
+_NATIVE_CHANNELS = {torch.float32: 8, torch.bfloat16: 16}  # multiples of which
 _TRITON_CHANNELS = (64, 128, 256)
 _TRITON_MASKS = 16
 _TRITON_TYPES = [({dtype}, {dtype}) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -58,9 +59,10 @@ def upscale_masks(
             or -1. Prompts without a wanted mask cost nothing, and with Triton nobody waits to learn which these are.
         out: where logits are written, contiguous, of the type and shape below; with `rows` [K, 4h, 4w] with K larger
             than any row. None makes one.
-        backend: "native", "triton", "torch" or "auto". Native takes float32 and channels in eights, Triton float32 or
-            half precision, the same for image and all weights but those of the LayerNorm, of 64, 128 or 256 channels
-            to a quarter and an eighth, and up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
+        backend: "native", "triton", "torch" or "auto". Native takes image and matrices in float32 and channels in
+            eights, or bfloat16 and channels in sixteens. Triton takes float32 or half precision, the same for image and
+            all weights but those of the LayerNorm, of 64, 128 or 256 channels to a quarter and an eighth, and up to 16
+            masks. Beside bfloat16 the second weight and bias may be float16,
             where that `fits_float16`: fewer instructions, no less exact. What they do not take, auto leaves to PyTorch.
 
     Returns:
@@ -133,14 +135,16 @@ def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str
     first = {image.dtype, upscaling.first_weight.dtype, upscaling.first_bias.dtype}
     second = {upscaling.second_weight.dtype, upscaling.second_bias.dtype}
     others = {classifiers.dtype, upscaling.norm_weight.dtype, upscaling.norm_bias.dtype}
-    native_fits = C % 8 == 0 and first | second | others == {torch.float32}
+    multiplied = {image.dtype, upscaling.first_weight.dtype, upscaling.second_weight.dtype}
+    native_fits = C % _NATIVE_CHANNELS.get(image.dtype, C + 1) == 0 and multiplied == {image.dtype}
+    native_fits &= first | second | others <= {torch.float32, image.dtype}
     triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and (first, second) in _TRITON_TYPES
     triton = (
         f"{_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, bfloat16, float16, "
         f"got {C}, {M} and {sorted(map(str, first | second))}"
     )
     return {
-        "native": None if native_fits else "float32 and channels in eights",
+        "native": None if native_fits else "float32 and channels in eights, or bfloat16 and channels in sixteens",
         "triton": None if triton_fits else triton,
     }
 
@@ -176,12 +180,11 @@ def _upscale(out: Tensor | None, image: Tensor, *rest: Any) -> Tensor:
 
 
 def _upscale_natively(logits: Tensor, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> None:
+    weights = {"first_weight": upscaling.first_weight, "second_weight": upscaling.second_weight}
+    others = {name: x.float() for name, x in upscaling._asdict().items() if isinstance(x, Tensor)}
+    arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in upscaling._replace(**others | weights)]
     native.module().upscale_masks(
-        logits,
-        image.contiguous(),
-        *(x.contiguous() if isinstance(x, Tensor) else x for x in upscaling),
-        classifiers.contiguous(),
-        native.num_threads(),
+        logits, image.contiguous(), *arguments, classifiers.float().contiguous(), native.num_threads()
     )
 
 

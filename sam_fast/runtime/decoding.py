@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sam_fast import native
 from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import MaskDecoder, PromptEncoder, Sam
 from sam_fast.ops.backend import unavailable_reason
@@ -223,9 +224,16 @@ class Decoding:
         def look_up() -> CpuDecoder | None:
             # somebody's subclass may do other things
             plain = type(decoder) is MaskDecoder and is_untouched_throughout(decoder)
-            return CpuDecoder(decoder, self.backend) if plain else None
+            return CpuDecoder(decoder, self.backend, self._pixels_format(decoder)) if plain else None
 
-        return self._kept.of("cpu decoder", look_up, stamps.mask_decoder)
+        return self._kept.of("cpu decoder", look_up, self.precision, stamps.mask_decoder)
+
+    def _pixels_format(self, decoder: MaskDecoder) -> torch.dtype | None:
+        """Of a `CpuDecoder`: bfloat16 where that was asked for, or less, and is faster; None for the decoder's own."""
+        dtype = resolve_precision(self.precision, self.model.device)
+        narrow = dtype in (torch.bfloat16, torch.int8) and native.multiplies_bfloat16() and self.backend != "torch"
+        fits = weight_dtype(decoder) == torch.float32 and decoder.transformer_dim % 16 == 0
+        return torch.bfloat16 if narrow and fits else None
 
     def _decoder_inputs(
         self,
@@ -364,6 +372,8 @@ class Decoding:
             dtype = inputs.packed.dtype
         elif torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
+        elif inputs.cpu is not None:
+            dtype = inputs.cpu.dtype
         kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
         return kept.of(dtype, project, *stamps)
 

@@ -74,14 +74,15 @@ def _block(block: nn.Module, linears: BlockLinears, x: Tensor, backend: str) -> 
     attention = block.attn
     H, W = x.shape[1:3]
     window = (block.window_size, block.window_size) if block.window_size else (H, W)
-    rel_pos = None
+    rel_pos, dtype = None, torch.float32 if backend == "torch" else linears.attention
     if attention.use_rel_pos:
         rel_pos = (
-            resize_relative_positions(attention.rel_pos_h, 2 * window[0] - 1),
-            resize_relative_positions(attention.rel_pos_w, 2 * window[1] - 1),
+            resize_relative_positions(attention.rel_pos_h, 2 * window[0] - 1).to(dtype),
+            resize_relative_positions(attention.rel_pos_w, 2 * window[1] - 1).to(dtype),
         )
-    qkv = linears.qkv(block.norm1(x)).unflatten(3, (3, attention.num_heads, -1))
-    read = rel_pos_attention(qkv, attention.qkv.bias, rel_pos, window, backend=backend)
+    qkv = linears.qkv(block.norm1(x)).to(dtype).unflatten(3, (3, attention.num_heads, -1))
+    bias = None if attention.qkv.bias is None else attention.qkv.bias.to(dtype)
+    read = rel_pos_attention(qkv, bias, rel_pos, window, backend=backend)
     del qkv
     x = x + linears.proj(read)
     rows = x.flatten(0, 2)

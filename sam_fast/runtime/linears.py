@@ -1,4 +1,4 @@
-"""The linear layers of the image encoder's blocks in narrower formats, for CPUs: input and output stay float32."""
+"""The linear layers of the image encoder's blocks in narrower formats, for CPUs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sam_fast import native
 from sam_fast.modeling.image_encoder import Block
 
 _SMALLEST = 1e-30  # of a token's scale: a token of zeros stays zeros
 
 
 class BlockLinears(NamedTuple):
-    """What multiplies in a block, each [..., K] -> [..., N]."""
+    """What multiplies in a block, each [..., K] -> [..., N], and the format of its attention."""
 
     qkv: Callable[[Tensor], Tensor]
     proj: Callable[[Tensor], Tensor]
     lin1: Callable[[Tensor], Tensor]
     lin2: Callable[[Tensor], Tensor]
+    attention: torch.dtype = torch.float32
 
 
 def block_linears(block: Block, dtype: torch.dtype) -> BlockLinears:
     """The linear layers of a block, with weights of their own unless `dtype` is float32.
+
+    Where the CPU multiplies in bfloat16, attention is bfloat16 beside both narrower formats.
 
     Args:
         block: with float32 weights.
@@ -33,23 +37,29 @@ def block_linears(block: Block, dtype: torch.dtype) -> BlockLinears:
     layers = block.attn.qkv, block.attn.proj, block.mlp.lin1, block.mlp.lin2
     if dtype == torch.float32:
         return BlockLinears(*layers)
+    attention = torch.bfloat16 if native.multiplies_bfloat16() else torch.float32
     if dtype == torch.int8:
-        return BlockLinears(*(Int8Linear(layer) for layer in layers))
-    return BlockLinears(*(BFloat16Linear(layer) for layer in layers))
+        return BlockLinears(*(Int8Linear(layer) for layer in layers), attention)
+    qkv, *others = layers
+    return BlockLinears(BFloat16Linear(qkv, attention), *(BFloat16Linear(layer) for layer in others), attention)
 
 
 class BFloat16Linear:
     """What a `nn.Linear` computes, with factors in bfloat16; sums are float32 within the product.
 
     Args:
-        layer: the layer; its weight is copied, its bias is used as it is.
+        layer: the layer; its weight is copied, its bias is used as it is, or copied where the output is bfloat16.
+        output: the format of what comes out.
     """
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, output: torch.dtype = torch.float32) -> None:
+        self._output = output
         self._weight = layer.weight.detach().bfloat16()
-        self._bias = None if layer.bias is None else layer.bias.detach()
+        self._bias = None if layer.bias is None else layer.bias.detach().to(output)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._output == torch.bfloat16:
+            return F.linear(x.bfloat16(), self._weight, self._bias)
         y = F.linear(x.bfloat16(), self._weight).float()
         return y if self._bias is None else y.add_(self._bias)
 
@@ -75,7 +85,7 @@ class Int8Linear:
         self._most = 127 if torch.cpu._is_vnni_supported() else 63
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
+        rows = x.flatten(0, -2).float()
         scales = rows.abs().amax(1, keepdim=True).clamp_(min=_SMALLEST) / self._most
         zero_point = self._most + 1
         integers = (rows / scales).round_().add_(zero_point).to(torch.uint8)

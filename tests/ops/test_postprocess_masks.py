@@ -159,7 +159,7 @@ SUBSET = "native and official_chain and (blobs or special) and not tall and not 
 @pytest.mark.parametrize("level", ["base", "avx2", "avx512"])
 def test_every_instruction_set(level):
     """Part of the tests above, with torch on the matching instruction set: the choice is made once per process."""
-    levels = ["base", "avx2", "avx512"]
+    levels = ["base", "avx2", "avx512", "avx512bf16"]
     environment = os.environ | {"SAM_FAST_CPU": "", "ATEN_CPU_CAPABILITY": {"base": "default"}.get(level, level)}
     probe = [sys.executable, "-c", "from sam_fast import native; print(native.cpu_level())"]
     best = subprocess.run(probe, env=environment, capture_output=True, text=True, check=True).stdout.strip()

@@ -16,6 +16,8 @@ from sam_fast.ops.two_way_attention import Write, two_way_attention, two_way_att
 two_way = sys.modules[Write.__module__]  # whose name in the package is that of its function
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
 TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
+# Of a bfloat16 image: what is written is rounded to it (1.7e-3), what is multiplied before that; 5e-3 measured.
+BF16_TOLERANCE = 8e-3
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -101,6 +103,24 @@ def test_native_equals_reference(name, threads, monkeypatch):
         assert relative_error(read.double(), expected_read) <= TOLERANCE
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_native_with_an_image_in_bfloat16(name, threads, monkeypatch):
+    shape, options = CASES[name]
+    image, *rest = problem(*shape, **{"shared": True, "projected": False, **options})
+    arguments = image.bfloat16(), *rest
+    monkeypatch.setattr("sam_fast.native.num_threads", lambda: threads)
+    written, read = two_way_attention(*arguments, 8, backend="native")
+    expected, expected_read = two_way_attention_reference(*in_float64(arguments), 8)
+    assert written.dtype == torch.bfloat16 and written.shape == expected.shape
+    assert relative_error(written.double(), expected) <= BF16_TOLERANCE
+    if read is not None and expected_read is not None:
+        assert read.dtype == torch.float32 and read.shape == expected_read.shape
+        assert relative_error(read.double(), expected_read) <= BF16_TOLERANCE
+    reference = two_way_attention(*arguments, 8, backend="torch")
+    assert [x if x is None else x.dtype for x in reference] == [x if x is None else x.dtype for x in (written, read)]
+
+
 def test_large_scores_do_not_overflow():
     image, pe, write, queries = problem(2, 200, 64, 7, 7, shared=True, projected=False)
     assert write is not None and queries is not None and write.absorbed_keys is not None
@@ -113,8 +133,10 @@ def test_large_scores_do_not_overflow():
         assert relative_error(ours.double(), theirs) <= 1e-3  # scores of some thousands, rounded to 1e-4, are exponents
 
 
-def test_image_is_left_alone_and_not_a_number_stays_in_its_prompt():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_image_is_left_alone_and_not_a_number_stays_in_its_prompt(dtype):
     image, pe, write, queries = problem(2, 60, 32, 3, 3, shared=False, projected=False)
+    image = image.to(dtype)
     image[1, 5] = torch.nan
     before = image.clone()
     written, read = two_way_attention(image, pe, write, queries, 8, backend="native")

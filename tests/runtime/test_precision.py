@@ -139,7 +139,7 @@ def test_masks_of_trained_weights_stay(precision, least, counts, nano):
 
 
 @pytest.mark.parametrize(
-    "precision, least, counts", [("bf16", 0.99, 0.02), pytest.param("fp8", 0.97, 0.05, marks=needs_8_bits)]
+    "precision, least, counts", [("bf16", 0.99, 0.02), pytest.param("fp8", 0.965, 0.05, marks=needs_8_bits)]
 )
 def test_masks_of_trained_weights_stay_with_the_encoder_for_gpus(precision, least, counts, nano, monkeypatch):
     """Its arithmetic, on whatever device there is."""
