@@ -4,6 +4,7 @@
 #include "connected_components.h"
 #include "cpu_features.h"
 #include "gelu.h"
+#include "int8_rows.h"
 #include "nms.h"
 #include "packed_masks.h"
 #include "perceptron.h"
@@ -261,8 +262,7 @@ void bind_two_way_attention(py::module_& m) {
           }
           const auto run =
               image.holds<Bfloat16>() ? two_way_attention_of<Bfloat16, uint16_t> : two_way_attention_of<float, float>;
-          run(image, written, read, pe, prompts, readers, tokens > 0 ? &write : nullptr, absorbed_queries,
-              num_threads);
+          run(image, written, read, pe, prompts, readers, tokens > 0 ? &write : nullptr, absorbed_queries, num_threads);
         });
 }
 
@@ -298,9 +298,63 @@ void bind_rel_pos_attention(py::module_& m) {
   m.def("rel_pos_attention", [](py::handle output_, py::handle qkv_, py::object qkv_bias, py::object rel_h,
                                 py::object rel_w, int64_t rows, int64_t columns, float scale, int num_threads) {
     const TensorView output = view(output_, "output"), qkv = view(qkv_, "qkv");
-    const auto run = qkv.holds<Bfloat16>() ? rel_pos_attention_of<Bfloat16, uint16_t> : rel_pos_attention_of<float, float>;
+    const auto run =
+        qkv.holds<Bfloat16>() ? rel_pos_attention_of<Bfloat16, uint16_t> : rel_pos_attention_of<float, float>;
     run(output, qkv, qkv_bias, rel_h, rel_w, rows, columns, scale, num_threads);
   });
+}
+
+// Number and T as above; null without an object.
+template <typename Number, typename T>
+T* optional(const py::object& object, const char* name, const std::vector<int64_t>& shape) {
+  return object.is_none() ? nullptr : reinterpret_cast<T*>(view(object, name).template cpu<Number>(shape));
+}
+
+template <typename Number, typename T>
+void quantise_rows_of(const TensorView& x, const TensorView& integers, py::handle scales, const py::object& factors,
+                      const py::object& bias, bool gelu, int32_t most, int num_threads) {
+  QuantiseArguments<T> a{};
+  a.x = reinterpret_cast<const T*>(x.cpu<Number>({-1, -1}));
+  a.rows = x.size(0), a.width = x.size(1);
+  check_lanes(a.width, "the width of a row");
+  if (most < 1 || most > 127) throw std::invalid_argument("most must be from 1 to 127");
+  a.factors = optional<float, float>(factors, "factors", {a.rows});
+  a.bias = optional<float, float>(bias, "bias", {a.width});
+  a.gelu = gelu, a.most = most;
+  a.integers = integers.cpu<uint8_t>({a.rows, a.width});
+  a.scales = view(scales, "scales").cpu<float>({a.rows});
+  py::gil_scoped_release unlocked;
+  quantise_rows(a, num_threads);
+}
+
+template <typename Number, typename T>
+void scale_rows_of(const TensorView& out, const TensorView& x, py::handle factors, const py::object& bias, bool add,
+                   int num_threads) {
+  ScaleArguments<T> a{};
+  a.x = x.cpu<float>({-1, -1});
+  a.rows = x.size(0), a.width = x.size(1);
+  check_lanes(a.width, "the width of a row");
+  a.factors = view(factors, "factors").cpu<float>({a.rows});
+  a.bias = optional<float, float>(bias, "bias", {a.width});
+  a.add = add;
+  a.out = reinterpret_cast<T*>(out.cpu<Number>({a.rows, a.width}));
+  py::gil_scoped_release unlocked;
+  scale_rows(a, num_threads);
+}
+
+void bind_int8_rows(py::module_& m) {
+  m.def("quantise_rows", [](py::handle integers_, py::handle scales, py::handle x_, py::object factors, py::object bias,
+                            bool gelu, int32_t most, int num_threads) {
+    const TensorView x = view(x_, "x"), integers = view(integers_, "integers");
+    const auto run = x.holds<Bfloat16>() ? quantise_rows_of<Bfloat16, uint16_t> : quantise_rows_of<float, float>;
+    run(x, integers, scales, factors, bias, gelu, most, num_threads);
+  });
+  m.def("scale_rows",
+        [](py::handle out_, py::handle x_, py::handle factors, py::object bias, bool add, int num_threads) {
+          const TensorView out = view(out_, "out"), x = view(x_, "x");
+          const auto run = out.holds<Bfloat16>() ? scale_rows_of<Bfloat16, uint16_t> : scale_rows_of<float, float>;
+          run(out, x, factors, bias, add, num_threads);
+        });
 }
 
 void bind_gelu(py::module_& m) {
@@ -404,6 +458,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   bind_two_way_attention(m);
   bind_upscale_masks(m);
   bind_gelu(m);
+  bind_int8_rows(m);
   bind_perceptron(m);
   bind_rel_pos_attention(m);
 #if SAM_FAST_WITH_CUDA

@@ -6,7 +6,8 @@ namespace sam_fast {
 enum class CpuLevel { kBase = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 
 // The best level that this CPU runs, lowered by the environment variable SAM_FAST_CPU (base, avx2, avx512 or
-// avx512bf16) when it is set. Throws std::runtime_error when the variable names a level that is unknown or that this CPU lacks.
+// avx512bf16) when it is set. Throws std::runtime_error when the variable names a level that is unknown or that this
+// CPU lacks.
 CpuLevel cpu_level();
 
 const char* cpu_level_name(CpuLevel level);
@@ -18,7 +19,7 @@ const char* cpu_level_name(CpuLevel level);
   (::sam_fast::cpu_level() >= ::sam_fast::CpuLevel::kAvx512 ? name##Avx512 \
    : ::sam_fast::cpu_level() == ::sam_fast::CpuLevel::kAvx2 ? name##Avx2   \
                                                             : name##Base)
-#define SAM_FAST_PICK_BF16(name)                                                                \
+#define SAM_FAST_PICK_BF16(name) \
   (::sam_fast::cpu_level() == ::sam_fast::CpuLevel::kAvx512Bf16 ? name##Avx512Bf16 : SAM_FAST_PICK(name))
 #else
 #define SAM_FAST_PICK(name) name##Base

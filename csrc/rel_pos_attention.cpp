@@ -50,7 +50,8 @@ void run(const RelPosKernels<T>& kernel, const RelPosArguments<T>& arguments, in
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
-      for (int64_t head = 0; head < a.heads; ++head) kernel.pack_keys(arguments, window, head, keys.data() + head * size);
+      for (int64_t head = 0; head < a.heads; ++head)
+        kernel.pack_keys(arguments, window, head, keys.data() + head * size);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < a.heads * tiles; ++task) {
         const int64_t head = task / tiles, begin = task % tiles * kMostQueries;

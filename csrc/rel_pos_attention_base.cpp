@@ -4,4 +4,4 @@
 namespace sam_fast {
 const RelPosKernels<float> kRelPosBase = {pack_tables, pack_keys, attend};
 const RelPosKernels<uint16_t> kRelPosBf16Base = {pack_tables, pack_keys, attend};
-}
+}  // namespace sam_fast

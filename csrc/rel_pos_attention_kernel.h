@@ -23,7 +23,8 @@ void pack_table(T* packed, const T* table, int64_t n, int64_t d) {
     const int64_t block = column_block(vectors - j);
     for (int64_t k = 0; k < d; k += kPerFactor<T>) {
       for (int64_t i = j * kLanes; i < (j + block) * kLanes; ++i) {
-        for (int64_t e = 0; e < kPerFactor<T>; ++e) *packed++ = i < columns ? table[(columns - 1 - i) * d + k + e] : T{};
+        for (int64_t e = 0; e < kPerFactor<T>; ++e)
+          *packed++ = i < columns ? table[(columns - 1 - i) * d + k + e] : T{};
       }
     }
     j += block;
@@ -222,8 +223,8 @@ void attend(const RelPosArguments<T>& arguments, Window window, int64_t head, co
         online_softmax<T>(scores + q * lanes, layout, rows, arguments.scale * kLog2E, positions ? bias_h : nullptr,
                           bias_w + q * layout.row_lanes, output + q * d, largest[q], total[q], d);
       }
-      product<true>(output, d, weights, k_tile + lanes * depth, 0, count, d / kLanes,
-                    vectors * kLanes / kPerFactor<T>, true);
+      product<true>(output, d, weights, k_tile + lanes * depth, 0, count, d / kLanes, vectors * kLanes / kPerFactor<T>,
+                    true);
     }
     for (int64_t q = 0; q < count; ++q) {
       const int64_t y = window.top + (start + q) / width, x = window.left + (start + q) % width;

@@ -4,4 +4,4 @@
 namespace sam_fast {
 const TwoWaySweep<float> kTwoWaySweepAvx2 = sweep;
 const TwoWaySweep<uint16_t> kTwoWaySweepBf16Avx2 = sweep;
-}
+}  // namespace sam_fast

@@ -4,4 +4,4 @@
 namespace sam_fast {
 const TwoWaySweep<float> kTwoWaySweepAvx512 = sweep;
 const TwoWaySweep<uint16_t> kTwoWaySweepBf16Avx512 = sweep;
-}
+}  // namespace sam_fast

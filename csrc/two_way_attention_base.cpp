@@ -4,4 +4,4 @@
 namespace sam_fast {
 const TwoWaySweep<float> kTwoWaySweepBase = sweep;
 const TwoWaySweep<uint16_t> kTwoWaySweepBf16Base = sweep;
-}
+}  // namespace sam_fast

@@ -54,8 +54,8 @@ void softmax_over_tokens(float* scores, int64_t rows, int64_t tokens) {
 
 // LayerNorm of x [channels], in place and to `copy`; the result with its encoding to `placed`.
 template <typename T>
-void layer_norm(float* x, T* copy, T* placed, const float* pe, const float* weight, const float* bias,
-                int64_t channels, float eps) {
+void layer_norm(float* x, T* copy, T* placed, const float* pe, const float* weight, const float* bias, int64_t channels,
+                float eps) {
   Vec sums[2] = {};
   for (int64_t c = 0; c < channels; c += 2 * kLanes) {
     sums[0] += load(x + c);
@@ -186,7 +186,8 @@ struct Writer {
     }
     softmax_over_tokens<T>(scores, rows, w.tokens);
     for (int64_t p = 0; p < rows; ++p) {
-      for (int64_t c = 0; c < C; c += kLanes) store(pixels + p * stride + c, widen(source + p * C + c) + load(w.bias + c));
+      for (int64_t c = 0; c < C; c += kLanes)
+        store(pixels + p * stride + c, widen(source + p * C + c) + load(w.bias + c));
     }
     product<true>(pixels, stride, {reinterpret_cast<const Factor*>(scores), R, 1}, offered, 0, rows, C / kLanes,
                   R / kPerFactor<T>, true);

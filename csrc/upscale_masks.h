@@ -12,7 +12,8 @@ struct UpscaleShape {
   int64_t images, height, width, channels, first_channels, second_channels, masks;
 };
 
-// T is float, or uint16_t for the bits of bfloat16: then factors of both convolutions are bfloat16, and all else float32.
+// T is float, or uint16_t for the bits of bfloat16: then factors of both convolutions are bfloat16, and all else
+// float32.
 template <typename T>
 struct UpscaleArguments {
   UpscaleShape shape;

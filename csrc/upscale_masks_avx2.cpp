@@ -4,4 +4,4 @@
 namespace sam_fast {
 const UpscaleKernel<float> kUpscaleAvx2 = upscale;
 const UpscaleKernel<uint16_t> kUpscaleBf16Avx2 = upscale;
-}
+}  // namespace sam_fast

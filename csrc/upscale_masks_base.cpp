@@ -4,4 +4,4 @@
 namespace sam_fast {
 const UpscaleKernel<float> kUpscaleBase = upscale;
 const UpscaleKernel<uint16_t> kUpscaleBf16Base = upscale;
-}
+}  // namespace sam_fast

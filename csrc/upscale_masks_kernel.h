@@ -129,8 +129,8 @@ void upscale(const UpscaleArguments<T>& a, int64_t image, int64_t begin, int64_t
     for (int square = 0; square < 4; ++square) {
       float* const pixels = first + square * C1 * kUpscaleTile;
       normalise_and_activate<T>(pixels, a.first_bias, a.norm_weight, a.norm_bias, C1, a.eps);
-      product<false>(second, kUpscaleTile, second_weight, reinterpret_cast<const Factor*>(pixels), kUpscaleTile,
-                     4 * C2, kTileVectors, C1 / n, false);
+      product<false>(second, kUpscaleTile, second_weight, reinterpret_cast<const Factor*>(pixels), kUpscaleTile, 4 * C2,
+                     kTileVectors, C1 / n, false);
       for (int64_t m = 0; m < M; m += kMasksAtOnce) {
         const int64_t count = M - m < kMasksAtOnce ? M - m : kMasksAtOnce;
         for (int64_t i = 0; i < kMasksAtOnce; ++i) {

@@ -22,8 +22,8 @@ inline Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); 
 inline void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
 inline Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 
-// Two neighbouring numbers in bfloat16, the first in the lower half; and bfloat16 itself, as its bits. Products of pairs
-// take two steps at once, with sums in float32; processors without AVX512-BF16 do it in four instructions.
+// Two neighbouring numbers in bfloat16, the first in the lower half; and bfloat16 itself, as its bits. Products of
+// pairs take two steps at once, with sums in float32; processors without AVX512-BF16 do it in four instructions.
 enum class Pair : uint32_t {};
 typedef uint32_t LooseBits __attribute__((aligned(2), may_alias));
 typedef uint32_t PairVec __attribute__((vector_size(4 * kLanes)));
@@ -52,9 +52,7 @@ inline ShortVec narrow(Vec v) {
 
 // From and to the type of what is in memory, float or bfloat16.
 inline Vec widen(const float* p) { return load(p); }
-inline Vec widen(const uint16_t* p) {
-  return reinterpret_cast<Vec>(__builtin_convertvector(load(p), PairVec) << 16);
-}
+inline Vec widen(const uint16_t* p) { return reinterpret_cast<Vec>(__builtin_convertvector(load(p), PairVec) << 16); }
 inline void store_narrow(float* p, Vec v) { store(p, v); }
 inline void store_narrow(uint16_t* p, Vec v) { store(p, narrow(v)); }
 
@@ -81,8 +79,8 @@ inline void store_pairs(uint16_t* p, ShortVec first, ShortVec second) {
 inline Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }
 inline Vec multiply_add(Vec sum, PairVec a, PairVec b) {
 #if defined(__AVX512BF16__)
-  return reinterpret_cast<Vec>(_mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), reinterpret_cast<__m256bh>(a),
-                                                reinterpret_cast<__m256bh>(b)));
+  return reinterpret_cast<Vec>(
+      _mm256_dpbf16_ps(reinterpret_cast<__m256>(sum), reinterpret_cast<__m256bh>(a), reinterpret_cast<__m256bh>(b)));
 #else
   const PairVec upper = splat_bits(0xffff0000u);
   sum += reinterpret_cast<Vec>(a & upper) * reinterpret_cast<Vec>(b & upper);

@@ -22,6 +22,7 @@ OPERATIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "rle": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "connected_components": {"cpu": ("native", "torch"), "cuda": ("native", "torch")},
     "gelu": {"cpu": ("native", "torch"), "cuda": ("torch",)},
+    "int8_rows": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "perceptron": {"cpu": ("native", "torch"), "cuda": ("torch",)},
     "rel_pos_attention": {"cpu": ("native", "torch", "triton"), "cuda": ("triton", "torch")},
     "layer_norm": {"cpu": ("torch", "triton"), "cuda": ("triton", "torch")},

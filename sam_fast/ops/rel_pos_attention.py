@@ -41,8 +41,8 @@ def rel_pos_attention(
         rel_pos: Rh [2 rows - 1, d] and Rw [2 columns - 1, d], or None.
         window: rows and columns of a window; (H, W) for attention over the whole image.
         scale: by default 1 / sqrt(d).
-        backend: "native" (float32 or bfloat16, d a multiple of 8 up to 512), "triton" (d = 16, 32, 48, 64, 80, 96, 128, ..., and no
-            qkv_bias where there is padding: see `runtime.packed_encoder`), "torch" or "auto".
+        backend: "native" (float32 or bfloat16, d a multiple of 8 up to 512), "triton" (d = 16, 32, 48, 64, 80, 96, 128,
+            ..., and no qkv_bias where there is padding: see `runtime.packed_encoder`), "torch" or "auto".
 
     Returns:
         [B, H, W, heads d].
@@ -126,16 +126,16 @@ def _takes(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tupl
     _, H, W, _, heads, d = qkv.shape
     first = 1 << (d.bit_length() - 1)
     rest = d - first
-    native_fits = d % 8 == 0 and d <= _NATIVE_WIDTH and qkv.dtype in _NATIVE_TYPES and all(x.dtype == qkv.dtype for x in tensors)
-    one_type = qkv.dtype in _TRITON_TYPES and all(x.dtype == qkv.dtype for x in tensors)
-    triton = None
-    if not one_type or first < 16 or rest & (rest - 1) or 0 < rest < 16:
+    one_type, native, triton = all(x.dtype == qkv.dtype for x in tensors), None, None
+    if not one_type or qkv.dtype not in _NATIVE_TYPES or d % 8 or d > _NATIVE_WIDTH:
+        native = f"one type, float32 or bfloat16, and heads as wide as a multiple of 8, up to {_NATIVE_WIDTH}"
+    if not one_type or qkv.dtype not in _TRITON_TYPES or first < 16 or rest & (rest - 1) or 0 < rest < 16:
         triton = "one type, of half precision or float32, and heads as wide as 16, 32, 48, 64, 80, 96, 128, ..."
     elif H * W * 3 * heads * d >= 2**31:  # offsets within an image have 32 bits
         triton = "images of fewer numbers than 2**31"
     elif bias is not None and (H % window[0] or W % window[1]):
         triton = "no qkv_bias where there is padding"
-    return {"native": None if native_fits else "one type, float32 or bfloat16, and heads as wide as a multiple of 8, up to 512", "triton": triton}
+    return {"native": native, "triton": triton}
 
 
 def _rel_pos_attention_fake(qkv: Tensor, *rest: Any) -> Tensor:

@@ -180,11 +180,17 @@ def _upscale(out: Tensor | None, image: Tensor, *rest: Any) -> Tensor:
 
 
 def _upscale_natively(logits: Tensor, image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> None:
-    weights = {"first_weight": upscaling.first_weight, "second_weight": upscaling.second_weight}
-    others = {name: x.float() for name, x in upscaling._asdict().items() if isinstance(x, Tensor)}
-    arguments = [x.contiguous() if isinstance(x, Tensor) else x for x in upscaling._replace(**others | weights)]
+    first_weight, *first, eps, second_weight, second_bias = upscaling
     native.module().upscale_masks(
-        logits, image.contiguous(), *arguments, classifiers.float().contiguous(), native.num_threads()
+        logits,
+        image.contiguous(),
+        first_weight.contiguous(),
+        *(x.float().contiguous() for x in first),
+        eps,
+        second_weight.contiguous(),
+        second_bias.float().contiguous(),
+        classifiers.float().contiguous(),
+        native.num_threads(),
     )
 
 

@@ -59,7 +59,9 @@ class CpuDecoder:
             image = pixels.to(mask_tokens.dtype).transpose(1, 2).unflatten(2, size)
             return self._decoder.masks_from(mask_tokens, self._decoder.upscale(image), chosen)
         classifiers = torch.stack([self._classifiers[index](mask_tokens[:, index]) for index in chosen], dim=1)
-        return upscale_masks(self._pixels(pixels).unflatten(1, size), self._upscaling, classifiers, backend=self._backend)
+        return upscale_masks(
+            self._pixels(pixels).unflatten(1, size), self._upscaling, classifiers, backend=self._backend
+        )
 
     def _pixels(self, image: Tensor) -> Tensor:
         return image if self.dtype is None else image.to(self.dtype)

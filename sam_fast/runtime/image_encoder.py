@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from sam_fast.modeling.image_encoder import Attention, Block, ImageEncoderViT
 from sam_fast.modeling.layers import MLPBlock
 from sam_fast.modeling.positions import resize_relative_positions
-from sam_fast.ops.gelu import gelu_
 from sam_fast.ops.rel_pos_attention import rel_pos_attention
 from sam_fast.runtime.linears import BlockLinears, block_linears
 from sam_fast.runtime.plain import is_untouched_throughout
@@ -55,7 +54,7 @@ def encode(
         backend: of the operations.
     """
     if linears is None:
-        linears = linears_of(encoder, torch.float32)
+        linears = linears_of(encoder, torch.float32, backend)
     tokens, fine = encoder.to_tokens(images)
     tokens = tokens.contiguous()
     for block, own in zip(encoder.blocks, linears, strict=True):
@@ -63,9 +62,9 @@ def encode(
     return encoder.to_embedding(tokens, fine)
 
 
-def linears_of(encoder: ImageEncoderViT, dtype: torch.dtype) -> list[BlockLinears]:
-    """The linear layers of all blocks in float32, bfloat16 or int8."""
-    return [block_linears(block, dtype) for block in encoder.blocks if isinstance(block, Block)]
+def linears_of(encoder: ImageEncoderViT, dtype: torch.dtype, backend: str = "auto") -> list[BlockLinears]:
+    """The linear layers of all blocks in float32, bfloat16 or int8; the backend is that of operations between them."""
+    return [block_linears(block, dtype, backend) for block in encoder.blocks if isinstance(block, Block)]
 
 
 def _block(block: nn.Module, linears: BlockLinears, x: Tensor, backend: str) -> Tensor:
@@ -74,19 +73,18 @@ def _block(block: nn.Module, linears: BlockLinears, x: Tensor, backend: str) -> 
     attention = block.attn
     H, W = x.shape[1:3]
     window = (block.window_size, block.window_size) if block.window_size else (H, W)
-    rel_pos, dtype = None, torch.float32 if backend == "torch" else linears.attention
+    rel_pos, dtype = None, linears.attention
     if attention.use_rel_pos:
         rel_pos = (
             resize_relative_positions(attention.rel_pos_h, 2 * window[0] - 1).to(dtype),
             resize_relative_positions(attention.rel_pos_w, 2 * window[1] - 1).to(dtype),
         )
-    qkv = linears.qkv(block.norm1(x)).to(dtype).unflatten(3, (3, attention.num_heads, -1))
+    qkv = linears.qkv(block.norm1(x)).unflatten(3, (3, attention.num_heads, -1))
     bias = None if attention.qkv.bias is None else attention.qkv.bias.to(dtype)
     read = rel_pos_attention(qkv, bias, rel_pos, window, backend=backend)
     del qkv
-    x = x + linears.proj(read)
+    x = linears.project(x, read)
     rows = x.flatten(0, 2)
     for some in rows.split(_TOKENS_AT_ONCE):
-        hidden = gelu_(linears.lin1(block.norm2(some)), backend=backend)
-        some += linears.lin2(hidden)
+        linears.add_perceptron(some, block.norm2(some), backend)
     return x

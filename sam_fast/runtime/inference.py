@@ -161,7 +161,7 @@ class InferenceRuntime:
         encoder = self.model.image_encoder
 
         def prepare() -> list[BlockLinears] | None:
-            return linears_of(encoder, dtype) if can_encode(encoder) else None
+            return linears_of(encoder, dtype, self._model_backend) if can_encode(encoder) else None
 
         return self._kept.of("linears", prepare, dtype, stamp(encoder))
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 LEVELS = ["base", "avx2", "avx512", "avx512bf16"]
-FILES = ["test_gelu.py", "test_perceptron.py", "test_rel_pos_attention.py", "test_two_way_attention.py"]
-FILES += ["test_upscale_masks.py"]
+FILES = ["test_gelu.py", "test_int8_rows.py", "test_perceptron.py", "test_rel_pos_attention.py"]
+FILES += ["test_two_way_attention.py", "test_upscale_masks.py"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
