@@ -367,15 +367,9 @@ class Decoding:
         features, device = embedding.features, embedding.device  # alone: what is kept must not keep the embedding alive
         version = None if features.is_inference() else features._version
         stamps = _Same(features), version, inputs.stamps.mask_decoder, inputs.stamps.prompt_encoder
-        dtype: torch.dtype | None = None
-        if inputs.packed is not None:
-            dtype = inputs.packed.dtype
-        elif torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        elif inputs.cpu is not None:
-            dtype = inputs.cpu.dtype
+        autocast_to = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         kept = embedding.cache.setdefault("first layer", Kept(lambda: device))
-        return kept.of(dtype, project, *stamps)
+        return kept.of((way.dtype, autocast_to), project, *stamps)
 
 
 class _Same:

@@ -12,10 +12,11 @@ from oracle import relative_error
 from PIL import Image
 from torch import nn
 
-from sam_fast import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from sam_fast import SamAutomaticMaskGenerator, SamPredictor, native, sam_model_registry
 from sam_fast.cli.demo import NANO_SETTINGS
 from sam_fast.runtime import InferenceRuntime, decoding, inference, plain, resolve_precision
 from sam_fast.runtime import precision as precisions
+from sam_fast.runtime.inference import Prompts
 from sam_fast.runtime.linears import BFloat16Linear, Int8Linear
 from sam_fast.runtime.precision import advice_for_cpu
 
@@ -178,3 +179,34 @@ def check_masks(precision, least, counts, nano):
     assert torch.stack(ious).mean() >= least
     expected, got = np.sum(records, axis=0)
     assert expected > 50 and abs(got - expected) <= counts * expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("pixels", [torch.bfloat16, None], ids=["bf16 pixels", "fp32 pixels"])
+@torch.no_grad()
+def test_one_embedding_decoded_in_several_precisions(precision, pixels, tiny, photo, monkeypatch):
+    """On whatever CPU: where it does not multiply bfloat16, kernels compute the same with other instructions."""
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: pixels is not None)
+    exact, narrow = InferenceRuntime(tiny, "fp32"), InferenceRuntime(tiny, precision)
+    (embedding,) = exact.encode(*_resized(SamPredictor(tiny), photo))
+    generator = torch.Generator().manual_seed(0)
+    clicks = torch.rand(5, 2, 2, generator=generator) * 200
+    many = torch.rand(2, 14, 2, generator=generator) * 200  # with the output tokens too many for the absorbed decoder
+    masks = torch.randn(5, 1, 64, 64, generator=generator)
+    cases = {
+        "clicks": Prompts(clicks, torch.ones(5, 2)),
+        "masks": Prompts(clicks, torch.ones(5, 2), masks=masks),
+        "many tokens": Prompts(many, torch.ones(2, 14)),
+    }
+    for name, prompts in cases.items():
+        with torch.autocast("cpu", torch.bfloat16):  # first: the embedding keeps projections of either kind
+            cast = [runtime.decode(embedding, prompts)[0] for runtime in (exact, narrow)]
+        expected = exact.decode(embedding, prompts)
+        got = narrow.decode(embedding, prompts)
+        errors = [relative_error(ours, theirs) for ours, theirs in zip(got, expected, strict=True)]
+        assert all(x.dtype == torch.float32 for x in got)
+        assert max(errors) <= (1e-6 if pixels is None else 0.02) and (errors[0] > 0) == (pixels is not None), name
+        assert all(relative_error(logits, expected[0]) <= 0.05 for logits in cast), name
+        for ours, again in zip(narrow.decode(embedding, prompts), got, strict=True):
+            assert torch.equal(ours, again), name
+        assert torch.equal(exact.decode(embedding, prompts)[0], expected[0]), name
