@@ -12,8 +12,8 @@ from torch import Tensor
 from sam_fast.ops.rel_pos_attention import rel_pos_attention, rel_pos_attention_reference
 
 TOLERANCE = 1e-5  # of float32 against float64; 1e-6 measured
-# Weights of the softmax and output are rounded: 2e-3 measured, of which the output's rounding alone is 1.7e-3.
-NATIVE_BF16_TOLERANCE = 3e-3
+# Weights of the softmax and output are rounded, each by 2^-9 at most. 2e-3 measured, of single tokens 3e-3.
+NATIVE_BF16_TOLERANCE = 4e-3
 # Of half precision: weights of the softmax, relative terms and output are rounded to it; 8e-3 and 1e-3 measured.
 HALF_TOLERANCE = {torch.float32: TOLERANCE, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton kernels run; on a CPU they are interpreted
