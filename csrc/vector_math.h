@@ -72,8 +72,13 @@ constexpr int64_t kPerFactor = 4 / sizeof(T);
 
 // Pairs of two vectors' lanes.
 inline void store_pairs(uint16_t* p, ShortVec first, ShortVec second) {
+#if defined(__clang__)
+  store(p, __builtin_shufflevector(first, second, 0, 8, 1, 9, 2, 10, 3, 11));
+  store(p + kLanes, __builtin_shufflevector(first, second, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
   store(p, __builtin_shuffle(first, second, ShortVec{0, 8, 1, 9, 2, 10, 3, 11}));
   store(p + kLanes, __builtin_shuffle(first, second, ShortVec{4, 12, 5, 13, 6, 14, 7, 15}));
+#endif
 }
 
 inline Vec multiply_add(Vec sum, Vec a, Vec b) { return sum + a * b; }

@@ -101,7 +101,7 @@ def _quantise_rows(
         integers, scales = _quantise_rows_fake(x)
         native.module().quantise_rows(integers, scales, x, factors, bias, gelu, most, native.num_threads())
         return integers, scales
-    x = x.float()
+    x = x.float().contiguous()
     x = x if factors is None else x * factors[:, None]
     x = x if bias is None else x + bias
     x = F.gelu(x) if gelu else x

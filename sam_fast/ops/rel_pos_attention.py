@@ -63,6 +63,11 @@ def rel_pos_attention(
     return _rel_pos_attention(*arguments)
 
 
+def native_takes_heads_of(width: int) -> bool:
+    """Whether the native backend takes heads as wide as that."""
+    return width % 8 == 0 and width <= _NATIVE_WIDTH
+
+
 def rel_pos_attention_reference(
     qkv: Tensor,
     qkv_bias: Tensor | None,
@@ -127,7 +132,7 @@ def _takes(qkv: Tensor, bias: Tensor | None, tensors: list[Tensor], window: tupl
     first = 1 << (d.bit_length() - 1)
     rest = d - first
     one_type, native, triton = all(x.dtype == qkv.dtype for x in tensors), None, None
-    if not one_type or qkv.dtype not in _NATIVE_TYPES or d % 8 or d > _NATIVE_WIDTH:
+    if not one_type or qkv.dtype not in _NATIVE_TYPES or not native_takes_heads_of(d):
         native = f"one type, float32 or bfloat16, and heads as wide as a multiple of 8, up to {_NATIVE_WIDTH}"
     if not one_type or qkv.dtype not in _TRITON_TYPES or first < 16 or rest & (rest - 1) or 0 < rest < 16:
         triton = "one type, of half precision or float32, and heads as wide as 16, 32, 48, 64, 80, 96, 128, ..."

@@ -60,9 +60,9 @@ def upscale_masks(
         out: where logits are written, contiguous, of the type and shape below; with `rows` [K, 4h, 4w] with K larger
             than any row. None makes one.
         backend: "native", "triton", "torch" or "auto". Native takes image and matrices in float32 and channels in
-            eights, or bfloat16 and channels in sixteens. Triton takes float32 or half precision, the same for image and
-            all weights but those of the LayerNorm, of 64, 128 or 256 channels to a quarter and an eighth, and up to 16
-            masks. Beside bfloat16 the second weight and bias may be float16,
+            eights, or bfloat16, channels in sixteens and C1 even. Triton takes float32 or half precision, the same for
+            image and all weights but those of the LayerNorm, of 64, 128 or 256 channels to a quarter and an eighth, and
+            up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
             where that `fits_float16`: fewer instructions, no less exact. What they do not take, auto leaves to PyTorch.
 
     Returns:
@@ -138,15 +138,14 @@ def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str
     multiplied = {image.dtype, upscaling.first_weight.dtype, upscaling.second_weight.dtype}
     native_fits = C % _NATIVE_CHANNELS.get(image.dtype, C + 1) == 0 and multiplied == {image.dtype}
     native_fits &= first | second | others <= {torch.float32, image.dtype}
+    native_fits &= image.dtype != torch.bfloat16 or len(upscaling.norm_weight) % 2 == 0  # of which it makes pairs
     triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and (first, second) in _TRITON_TYPES
     triton = (
         f"{_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, bfloat16, float16, "
         f"got {C}, {M} and {sorted(map(str, first | second))}"
     )
-    return {
-        "native": None if native_fits else "float32 and channels in eights, or bfloat16 and channels in sixteens",
-        "triton": None if triton_fits else triton,
-    }
+    native = "float32 and channels in eights, or bfloat16, channels in sixteens and then an even number"
+    return {"native": None if native_fits else native, "triton": None if triton_fits else triton}
 
 
 def _upscale_masks(image: Tensor, *rest: Any) -> Tensor:

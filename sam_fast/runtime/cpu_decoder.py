@@ -8,10 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from sam_fast.modeling import MaskDecoder, TwoWayTransformer
+from sam_fast.modeling.transformer import TwoWayAttentionBlock
+from sam_fast.ops.two_way_attention import HEADS
 from sam_fast.ops.upscale_masks import upscale_masks
 from sam_fast.runtime.perceptrons import perceptron_of
+from sam_fast.runtime.precision import weight_dtype
 from sam_fast.runtime.two_way import FirstLayer, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
+
+
+def can_narrow_pixels(decoder: MaskDecoder) -> bool:
+    """Whether native operations take pixels in bfloat16 beside the other numbers of a plain decoder."""
+    transformer = decoder.transformer
+    if not can_absorb(transformer) or weight_dtype(decoder) != torch.float32 or decoder.transformer_dim % 16:
+        return False
+    assert isinstance(transformer, TwoWayTransformer)
+    attentions = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        assert isinstance(layer, TwoWayAttentionBlock)
+        attentions += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    return all(attention.num_heads == HEADS for attention in attentions)
 
 
 class CpuDecoder:

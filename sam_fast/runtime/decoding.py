@@ -17,7 +17,7 @@ from sam_fast import native
 from sam_fast.embedding import ImageEmbedding
 from sam_fast.modeling import MaskDecoder, PromptEncoder, Sam
 from sam_fast.ops.backend import unavailable_reason
-from sam_fast.runtime.cpu_decoder import CpuDecoder
+from sam_fast.runtime.cpu_decoder import CpuDecoder, can_narrow_pixels
 from sam_fast.runtime.graphs import Graphs
 from sam_fast.runtime.kept import Kept
 from sam_fast.runtime.packed_decoder import MOST_PROMPTS, Chunks, PackedDecoder, comes_again
@@ -232,8 +232,7 @@ class Decoding:
         """Of a `CpuDecoder`: bfloat16 where that was asked for, or less, and is faster; None for the decoder's own."""
         dtype = resolve_precision(self.precision, self.model.device)
         narrow = dtype in (torch.bfloat16, torch.int8) and native.multiplies_bfloat16() and self.backend != "torch"
-        fits = weight_dtype(decoder) == torch.float32 and decoder.transformer_dim % 16 == 0
-        return torch.bfloat16 if narrow and fits else None
+        return torch.bfloat16 if narrow and can_narrow_pixels(decoder) else None
 
     def _decoder_inputs(
         self,
@@ -290,7 +289,7 @@ class Decoding:
         return self._kept.of("graphs of points", make, stamps.prompt_encoder)
 
     def _decoder_format(self, cpu: CpuDecoder | None) -> AbstractContextManager:
-        """The number format of prompts and masks: on a CPU float32, for which there are native operations."""
+        """The number format of modules: on a CPU float32, where native operations take the weights as they are."""
         decoder = self.model.mask_decoder
         if cpu is not None and cpu.absorbs and weight_dtype(decoder) == torch.float32:
             return nullcontext()

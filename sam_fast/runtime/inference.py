@@ -49,7 +49,7 @@ class InferenceRuntime:
                 (`half()`, `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is
                 narrower.
             backend: which implementation of the operations runs: auto, native or torch. With native, the model's own
-                operations are native where they can be, that is for float32 on a CPU.
+                operations are native where they can be, that is for float32 and bfloat16 on a CPU.
 
         Raises:
             ValueError: unknown precision or backend.

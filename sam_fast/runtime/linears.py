@@ -13,6 +13,7 @@ from sam_fast import native
 from sam_fast.modeling.image_encoder import Block
 from sam_fast.ops.gelu import gelu_
 from sam_fast.ops.int8_rows import quantise_rows, scale_rows_
+from sam_fast.ops.rel_pos_attention import native_takes_heads_of
 
 _SMALLEST = 1e-30  # of a token's scale: a token of zeros stays zeros
 
@@ -74,7 +75,7 @@ class Int8BlockLinears(BlockLinears):
 def block_linears(block: Block, dtype: torch.dtype, backend: str = "auto") -> BlockLinears:
     """The linear layers of a block, with weights of their own unless `dtype` is float32.
 
-    Where the CPU multiplies in bfloat16, attention is bfloat16 beside both narrower formats.
+    Where native attention multiplies in bfloat16, it does beside both narrower formats.
 
     Args:
         block: with float32 weights.
@@ -85,6 +86,7 @@ def block_linears(block: Block, dtype: torch.dtype, backend: str = "auto") -> Bl
     if dtype == torch.float32:
         return BlockLinears(layers)
     narrow = native.multiplies_bfloat16() and backend != "torch"
+    narrow &= native_takes_heads_of(block.attn.qkv.in_features // block.attn.num_heads)
     attention = torch.bfloat16 if narrow else torch.float32
     if dtype == torch.int8:
         return Int8BlockLinears(layers, attention, backend)

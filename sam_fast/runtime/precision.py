@@ -14,7 +14,7 @@ _DTYPES = {
     "fp8": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# What everything but the encoder's linear layers runs in.
+# What modules that run as they are use instead.
 _BESIDE = {torch.float8_e4m3fn: torch.bfloat16, torch.int8: torch.float32}
 
 
@@ -48,7 +48,7 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
 
 
 def format_beside(dtype: torch.dtype) -> torch.dtype:
-    """Where the encoder's linear layers have 8 bits, the format of everything else; else `dtype` itself."""
+    """Where the encoder's linear layers have 8 bits, the format of modules beside them; else `dtype` itself."""
     return _BESIDE.get(dtype, dtype)
 
 

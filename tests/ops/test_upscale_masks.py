@@ -81,6 +81,17 @@ def test_native_in_bfloat16(shape, threads, biases, monkeypatch):
     assert relative_error(logits.double(), expected) <= BF16_TOLERANCE
 
 
+def test_bfloat16_that_has_no_pairs_is_left_to_pytorch():
+    C1, C2 = 3, 4
+    weights = Upscaling(
+        torch.randn(4 * C1, 16), *(torch.ones(C1) for _ in range(3)), 1e-6, torch.randn(4 * C2, C1), torch.ones(C2)
+    )
+    arguments = in_bfloat16((torch.randn(1, 2, 3, 16), weights, torch.randn(1, 2, C2)), torch.float32)
+    with pytest.raises(ValueError, match="even number"):
+        upscale_masks(*arguments, backend="native")
+    assert torch.equal(upscale_masks(*arguments), upscale_masks(*arguments, backend="torch"))
+
+
 def in_bfloat16(arguments: tuple[Tensor, Upscaling, Tensor], others: torch.dtype) -> tuple[Tensor, Upscaling, Tensor]:
     """What is multiplied in bfloat16, biases and all else in `others`."""
     image, weights, classifiers = converted(arguments, others)

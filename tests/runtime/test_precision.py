@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import PHOTOS, needs_8_bits
-from oracle import relative_error
+from oracle import TINY, relative_error
 from PIL import Image
 from torch import nn
 
 from sam_fast import SamAutomaticMaskGenerator, SamPredictor, native, sam_model_registry
+from sam_fast.build_sam import build_sam_from_config
 from sam_fast.cli.demo import NANO_SETTINGS
 from sam_fast.runtime import InferenceRuntime, decoding, inference, plain, resolve_precision
 from sam_fast.runtime import precision as precisions
+from sam_fast.runtime.cpu_decoder import can_narrow_pixels
 from sam_fast.runtime.inference import Prompts
-from sam_fast.runtime.linears import BFloat16Linear, Int8Linear
+from sam_fast.runtime.linears import BFloat16Linear, Int8Linear, block_linears
 from sam_fast.runtime.precision import advice_for_cpu
 
 CPU = torch.device("cpu")
@@ -210,3 +212,18 @@ def test_one_embedding_decoded_in_several_precisions(precision, pixels, tiny, ph
         for ours, again in zip(narrow.decode(embedding, prompts), got, strict=True):
             assert torch.equal(ours, again), name
         assert torch.equal(exact.decode(embedding, prompts)[0], expected[0]), name
+
+
+def test_models_that_native_operations_do_not_take_stay_float32(monkeypatch):
+    monkeypatch.setattr(native, "multiplies_bfloat16", lambda: True)
+    block = build_sam_from_config(TINY).image_encoder.blocks[0]
+    for heads, dtype in ((block.attn.num_heads, torch.bfloat16), (block.attn.qkv.in_features // 4, torch.float32)):
+        block.attn.num_heads = heads  # at last heads of 4 channels
+        for narrow in (torch.bfloat16, torch.int8):
+            assert block_linears(block, narrow).attention == dtype
+    assert block_linears(block, torch.bfloat16, backend="torch").attention == torch.float32
+    decoder = build_sam_from_config(TINY).mask_decoder
+    assert can_narrow_pixels(decoder)
+    decoder.transformer.layers[1].cross_attn_image_to_token.num_heads = 4
+    assert not can_narrow_pixels(decoder)
+    assert not can_narrow_pixels(build_sam_from_config(TINY).mask_decoder.double())
