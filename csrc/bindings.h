@@ -1,6 +1,6 @@
-// What the Python faces of the operations share: bindings.cpp (CPU) and bindings_cuda.cpp (GPU), which alone know
-// pybind11. Arguments were validated by the Python operation (sam_fast/ops); what is checked here again is what memory
-// safety rests on.
+// What the Python faces of the operations share: bindings.cpp (masks), bindings_model.cpp (the model) and
+// bindings_cuda.cpp (GPU), which alone know pybind11. Arguments were validated by the Python operation (sam_fast/ops);
+// what is checked here again is what memory safety rests on.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,6 +19,9 @@
 namespace py = pybind11;
 
 namespace sam_fast {
+
+// Adds the operations inside the model.
+void bind_model(py::module_& m);
 
 // Adds the operations on a GPU; in builds with CUDA.
 void bind_cuda(py::module_& m);

@@ -128,7 +128,7 @@ void pack_keys(const RelPosArguments<T>& arguments, Window window, int64_t head,
 // Two to the power of a score at most 0, over the scores themselves, as a factor of the next product.
 template <typename T>
 inline Vec replace_by_power(float* row, int64_t at, float largest) {
-  const Vec e = exp2_for<T>(load(row + at) - largest);
+  const Vec e = exp2_nonpositive<T>(load(row + at) - largest);
   store_narrow(reinterpret_cast<T*>(row) + at, e);
   return e;
 }
@@ -149,7 +149,7 @@ void online_softmax(float* scores, const KeyLayout& layout, int64_t rows, float 
   }
   const float tile_largest = largest_lane(top);
   if (tile_largest > largest) {
-    const Vec factor = exp2_nonpositive(splat(largest - tile_largest));
+    const Vec factor = exp2_nonpositive<float>(splat(largest - tile_largest));
     largest = tile_largest;
     total *= factor[0];
     for (int64_t c = 0; c < d; c += kLanes) store(output + c, load(output + c) * factor);

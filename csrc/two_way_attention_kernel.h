@@ -41,7 +41,7 @@ void softmax_over_tokens(float* scores, int64_t rows, int64_t tokens) {
     for (int64_t t = 1; t < tokens; ++t) largest = larger(load(row + t * kLanes), largest);
     Vec total{};
     for (int64_t t = 0; t < tokens; ++t) {
-      const Vec e = exp2_for<T>((load(row + t * kLanes) - largest) * kLog2E);
+      const Vec e = exp_nonpositive<T>(load(row + t * kLanes) - largest);
       store(row + t * kLanes, e);
       total += e;
     }
@@ -122,7 +122,7 @@ void softmax_over_pixels(float* scores, T* weights, int64_t rows, int64_t tokens
     for (int64_t p = 0; p < rows; ++p) largest = larger(load(column + p * step), largest);
     Vec total = load(partial.total + t * kLanes);
     if (any_greater(largest, before)) {
-      const Vec scale = exp_nonpositive(before - largest);
+      const Vec scale = exp_nonpositive<float>(before - largest);
       total *= scale;
       store(partial.largest + t * kLanes, largest);
       for (int h = 0; h < kLanes; ++h) {
@@ -131,13 +131,13 @@ void softmax_over_pixels(float* scores, T* weights, int64_t rows, int64_t tokens
       }
     }
     for (int64_t p = 0; p < rows; p += kPerFactor<T>) {
-      const Vec e = exp2_for<T>((load(column + p * step) - largest) * kLog2E);
+      const Vec e = exp_nonpositive<T>(load(column + p * step) - largest);
       total += e;
       if constexpr (sizeof(T) == sizeof(float)) {
         store(out + p * step, e);
       } else {
         Vec next{};
-        if (p + 1 < rows) next = exp2_for<T>((load(column + (p + 1) * step) - largest) * kLog2E);
+        if (p + 1 < rows) next = exp_nonpositive<T>(load(column + (p + 1) * step) - largest);
         total += next;
         store_pairs(out + p * step, narrow(e), narrow(next));
       }

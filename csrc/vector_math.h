@@ -179,44 +179,35 @@ inline void transpose_block(float* out, int64_t ldo, const float* in, int64_t ld
   transpose_rows(out, ldo, rows);
 }
 
-// 2^x for x <= 0: relative error below 3e-7 where the result matters (x > -29), 2^-126 below -126; NaN stays NaN.
+// 2^x for x <= 0, as exact as a result of type T needs: for float a relative error below 3e-7 where it matters
+// (x > -29), for bfloat16, which rounds by 2e-3, 8e-5; 2^-126 below -126; NaN stays NaN.
 // 2^x = 2^n 2^r with n = round(x): x + 1.5 * 2^23 + 127 has n + 127, the exponent of 2^n, in its low bits. The
-// polynomial is a minimax fit on [-1/2, 1/2].
+// polynomials are minimax fits on [-1/2, 1/2].
+template <typename T>
 inline Vec exp2_nonpositive(Vec x) {
   const Vec y = larger(splat(-126.0f), x);
   const Vec shifted = y + 12583039.0f;
   const Vec r = y - (shifted - 12583039.0f);
-  Vec p = r * 1.32764668e-3f + 9.67554129e-3f;
-  p = p * r + 5.55071329e-2f;
-  p = p * r + 2.40221197e-1f;
-  p = p * r + 6.93146967e-1f;
-  p = p * r + 1.00000007f;
-  return p * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
-}
-
-// The same with a relative error of 8e-5, for results that bfloat16 rounds to 2e-3.
-inline Vec exp2_nonpositive_roughly(Vec x) {
-  const Vec y = larger(splat(-126.0f), x);
-  const Vec shifted = y + 12583039.0f;
-  const Vec r = y - (shifted - 12583039.0f);
-  Vec p = r * 5.51716700e-2f + 2.42611130e-1f;
-  p = p * r + 6.93260990e-1f;
-  p = p * r + 9.99928070e-1f;
+  Vec p;
+  if constexpr (sizeof(T) == 2) {
+    p = r * 5.51716700e-2f + 2.42611130e-1f;
+    p = p * r + 6.93260990e-1f;
+    p = p * r + 9.99928070e-1f;
+  } else {
+    p = r * 1.32764668e-3f + 9.67554129e-3f;
+    p = p * r + 5.55071329e-2f;
+    p = p * r + 2.40221197e-1f;
+    p = p * r + 6.93146967e-1f;
+    p = p * r + 1.00000007f;
+  }
   return p * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted) << 23);
 }
 
 constexpr float kLog2E = 1.44269504f;
 
-inline Vec exp_nonpositive(Vec x) { return exp2_nonpositive(x * kLog2E); }
-
-// As exact as a result of that type needs.
 template <typename T>
-inline Vec exp2_for(Vec x) {
-  if constexpr (sizeof(T) == 2) {
-    return exp2_nonpositive_roughly(x);
-  } else {
-    return exp2_nonpositive(x);
-  }
+inline Vec exp_nonpositive(Vec x) {
+  return exp2_nonpositive<T>(x * kLog2E);
 }
 
 // x (1 + erf(x / sqrt 2)) / 2, absolute error below 2e-7 max(1, |x|).
