@@ -8,8 +8,7 @@ without a mask that is wanted end at once: which masks are, is read from memory,
 
 Upscaled pixels, 16 C2 per pixel of the image, are never stored: PyTorch writes and reads them and their predecessors,
 30 MB per prompt. Sums and LayerNorm are float32. In half precision GELU is the one by tanh, whose error is an eighth of
-a rounding to bfloat16; in float32 the one by erf. Beside an image in bfloat16 the second weight may be float16: then
-all behind the LayerNorm is, and its GELUs are made in pairs.
+a rounding to bfloat16, and in float16 two at a time; in float32 the one by erf.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def upscale(
         width: w.
         first: weight [4 C1, C] and bias [C1], of the type of the image. All of these are contiguous.
         norm: weight and bias [C1], epsilon.
-        second: weight [4 C2, C1] and bias [C2], of that type or, beside bfloat16, float16.
+        second: weight [4 C2, C1] and bias [C2], of that type.
         classifiers: float32 [N, M, C2].
     """
     N, M, _ = classifiers.shape
@@ -76,7 +75,7 @@ def upscale(
     upscale_kernel[(N, triton.cdiv(tiles, each))](
         *(logits, rows, boxes(image, launch.pixels) if launch.boxes else image),
         *(*first, *norm, *second, classifiers, P, width, M, logits.numel() // (16 * P), each),
-        **_constants(C, M, image.dtype, second[0].dtype, launch),
+        **_constants(C, M, image.dtype, launch),
         **launch.options(),
     )
 
@@ -106,7 +105,7 @@ def upscale_kernel(
     PIXELS: tl.constexpr,  # of a tile
     BOXES: tl.constexpr,
     EXACT: tl.constexpr,  # float32
-    PAIRS: tl.constexpr,  # the second weight is float16, beside an image in bfloat16
+    PAIRS: tl.constexpr,  # float16
 ):
     prompt = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, MASKS)
@@ -203,7 +202,7 @@ def _gelu_of_double(h, like, EXACT: tl.constexpr, PAIRS: tl.constexpr):
     return y.to(like.dtype)
 
 
-def _constants(C: int, masks: int, dtype: torch.dtype, second: torch.dtype, launch: Launch) -> dict[str, Any]:
+def _constants(C: int, masks: int, dtype: torch.dtype, launch: Launch) -> dict[str, Any]:
     return {
         "C": C,
         "C1": C // 4,
@@ -212,34 +211,31 @@ def _constants(C: int, masks: int, dtype: torch.dtype, second: torch.dtype, laun
         "PIXELS": launch.pixels,
         "BOXES": launch.boxes,
         "EXACT": dtype == torch.float32,
-        "PAIRS": second != dtype,
+        "PAIRS": dtype == torch.float16,
     }
 
 
 def variants(architecture: int) -> Iterator[Variant]:
     """All that the launch table can ask for, with the sizes of SAM's decoder, for few masks and for the most."""
     for dtype in TRITON_TYPES:
-        for second in (dtype, torch.float16) if dtype == torch.bfloat16 else (dtype,):
-            for masks in (4, MOST_MASKS):
-                for chosen in (True, False):
-                    yield _variant(architecture, dtype, second, masks, chosen)
+        for masks in (4, MOST_MASKS):
+            for chosen in (True, False):
+                yield _variant(architecture, dtype, masks, chosen)
 
 
-def _variant(architecture: int, dtype: torch.dtype, second: torch.dtype, masks: int, chosen: bool) -> Variant:
+def _variant(architecture: int, dtype: torch.dtype, masks: int, chosen: bool) -> Variant:
     launch = upscale_launch(architecture, dtype)
     kind, exact = TRITON_TYPES[dtype], dtype == torch.float32
-    names = ("image", "first_weight", "first_bias")
+    names = ("image", "first_weight", "first_bias", "second_weight", "second_bias")
     signature = {"logits": "*fp32:16", "classifiers": "*fp32:16", **dict.fromkeys(names, f"*{kind}:16"), "eps": "fp32"}
-    signature |= dict.fromkeys(("second_weight", "second_bias"), f"*{TRITON_TYPES[second]}:16")
     signature |= {"norm_weight": "*fp32:16", "norm_bias": "*fp32:16", "P": "i32:16", "width": "i32:16"}
     signature |= {"M": "i32", "K": "i32", "tiles_each": "i32"}
-    constants = _constants(MOST_CHANNELS, masks, dtype, second, launch)
+    constants = _constants(MOST_CHANNELS, masks, dtype, launch)
     if launch.boxes:
         signature["image"] = box_type(kind, launch.pixels, MOST_CHANNELS, flat=False)
     if chosen:
         signature["rows"] = "*i32:16"
     else:
         constants["rows"] = None
-    kinds = kind if second == dtype else f"{kind} and {TRITON_TYPES[second]}"
-    name = f"{masks} masks{', chosen' if chosen else ''}, {kinds}"
+    name = f"{masks} masks{', chosen' if chosen else ''}, {kind}"
     return Variant(name, upscale_kernel, signature, constants, launch.options(), not exact)

@@ -42,7 +42,7 @@ def try_decoder(run: Run) -> None:
     with replaceable(*functions):
         images = [randn(run.device, count, side * side, C, seed=seed) for seed in range(2)]
         cases = [*_write_cases(images), _read_case(images)]
-        cases += [_upscale_case(images, side, second) for second in (torch.float16, torch.bfloat16)]
+        cases += [_upscale_case(images, side, dtype) for dtype in (torch.float16, torch.bfloat16)]
         measure_cases(run, "decoder", cases)
         del images, cases
     if not all(run.has_begun(_name(most)) for most in AT_A_TIME):
@@ -104,31 +104,31 @@ def _read_case(images: list[Tensor]) -> Case:
     return Case(f"read, {N} prompts", images[0].nbytes, "TB/s", calls, error, variants)
 
 
-def _upscale_case(images: list[Tensor], side: int, second: torch.dtype) -> Case:
-    """From pixels to the logits of three masks per prompt, behind the LayerNorm in `second`."""
+def _upscale_case(images: list[Tensor], side: int, dtype: torch.dtype) -> Case:
+    """From pixels to the logits of three masks per prompt."""
     N, P, C = images[0].shape
     device, C1, C2 = images[0].device, C // 4, C // 8
     weights = Upscaling(
-        first_weight=randn(device, 4 * C1, C, scale=C**-0.5, seed=15),
-        first_bias=randn(device, C1, seed=16),
+        first_weight=randn(device, 4 * C1, C, scale=C**-0.5, seed=15).to(dtype),
+        first_bias=randn(device, C1, seed=16).to(dtype),
         norm_weight=randn(device, C1, dtype=torch.float32, seed=17),
         norm_bias=randn(device, C1, dtype=torch.float32, seed=18),
         eps=1e-6,
-        second_weight=randn(device, 4 * C2, C1, scale=0.1, seed=19).to(second),
-        second_bias=randn(device, C2, seed=20).to(second),
+        second_weight=randn(device, 4 * C2, C1, scale=0.1, seed=19).to(dtype),
+        second_bias=randn(device, C2, seed=20).to(dtype),
     )
     classifiers = randn(device, N, 3, C2, dtype=torch.float32, seed=21)
-    squares = [image.unflatten(1, (side, side)) for image in images]
+    squares = [image.to(dtype).unflatten(1, (side, side)) for image in images]
 
     def error(got: Tensor) -> float:
         return error_of(got, upscale_masks_reference(squares[0].float(), weights, classifiers))
 
-    present = upscale_kernels.upscale_launch(architecture(device), torch.bfloat16)
+    present = upscale_kernels.upscale_launch(architecture(device), dtype)
     changes = {"warps": 4}, {"pixels": present.pixels // 2, "warps": 4}
     variants = launches("upscale_launch", present, *changes) | _programs(0.5, 2)
     calls = [partial(upscale_masks, image, weights, classifiers, backend="triton") for image in squares]
     work = images[0].nbytes + 4 * N * 3 * 16 * P
-    name = f"upscale{'' if second == torch.float16 else ' in bf16'}, {N} prompts"
+    name = f"upscale{'' if dtype == torch.float16 else ' in bf16'}, {N} prompts"
     return Case(name, work, "TB/s", calls, error, variants)
 
 

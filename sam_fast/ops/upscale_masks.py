@@ -15,8 +15,7 @@ from sam_fast.ops.library import register
 _NATIVE_CHANNELS = {torch.float32: 8, torch.bfloat16: 16}  # multiples of which
 _TRITON_CHANNELS = (64, 128, 256)
 _TRITON_MASKS = 16
-_TRITON_TYPES = [({dtype}, {dtype}) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-_TRITON_TYPES += [({torch.bfloat16}, {torch.float16})]  # up to the LayerNorm, and behind it
+_TRITON_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Upscaling(NamedTuple):
@@ -62,8 +61,7 @@ def upscale_masks(
         backend: "native", "triton", "torch" or "auto". Native takes image and matrices in float32 and channels in
             eights, or bfloat16, channels in sixteens and C1 even. Triton takes float32 or half precision, the same for
             image and all weights but those of the LayerNorm, of 64, 128 or 256 channels to a quarter and an eighth, and
-            up to 16 masks. Beside bfloat16 the second weight and bias may be float16,
-            where that `fits_float16`: fewer instructions, no less exact. What they do not take, auto leaves to PyTorch.
+            up to 16 masks. What they do not take, auto leaves to PyTorch.
 
     Returns:
         `out`: [N, M, 4h, 4w], float32 (float64 of float64); with `rows` [N M, 4h, 4w], where what no row names is
@@ -87,19 +85,6 @@ def upscale_masks(
     write = torch.ops.sam_fast.upscale_masks_into if torch.compiler.is_compiling() else _upscale_masks_into
     write(out, *arguments)
     return out
-
-
-@torch.no_grad()
-def fits_float16(upscaling: Upscaling) -> bool:
-    """Whether float16 holds all that is behind the LayerNorm, whatever the image, with more digits than bfloat16.
-
-    No value of a LayerNorm of C1 channels is larger than sqrt(C1), and no GELU larger than what goes into it: numbers
-    stay below 2^15, half of what there is. And the largest are 2^-8 at least, 64 times the smallest of full precision.
-    """
-    squares = upscaling.norm_weight.abs().float() * len(upscaling.norm_weight) ** 0.5 + upscaling.norm_bias.abs()
-    weight, bias = upscaling.second_weight.abs().float(), upscaling.second_bias.abs().float()
-    pixels = weight @ squares.float() + bias.repeat(4)
-    return all(2**-8 <= float(x.max()) < 2**15 for x in (squares, pixels, weight))
 
 
 def upscale_masks_reference(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> Tensor:
@@ -132,17 +117,17 @@ def from_squares(pixels: Tensor, size: torch.Size) -> Tensor:
 def _takes(image: Tensor, upscaling: Upscaling, classifiers: Tensor) -> dict[str, str | None]:
     """Backend -> what it takes that these arguments are not; see `choose_backend`."""
     C, M = image.shape[3], classifiers.shape[1]
-    first = {image.dtype, upscaling.first_weight.dtype, upscaling.first_bias.dtype}
-    second = {upscaling.second_weight.dtype, upscaling.second_bias.dtype}
+    factors = (image, upscaling.first_weight, upscaling.first_bias, upscaling.second_weight, upscaling.second_bias)
+    dtypes = {x.dtype for x in factors}
     others = {classifiers.dtype, upscaling.norm_weight.dtype, upscaling.norm_bias.dtype}
     multiplied = {image.dtype, upscaling.first_weight.dtype, upscaling.second_weight.dtype}
     native_fits = C % _NATIVE_CHANNELS.get(image.dtype, C + 1) == 0 and multiplied == {image.dtype}
-    native_fits &= first | second | others <= {torch.float32, image.dtype}
+    native_fits &= dtypes | others <= {torch.float32, image.dtype}
     native_fits &= image.dtype != torch.bfloat16 or len(upscaling.norm_weight) % 2 == 0  # of which it makes pairs
-    triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and (first, second) in _TRITON_TYPES
+    triton_fits = C in _TRITON_CHANNELS and M <= _TRITON_MASKS and len(dtypes) == 1 and image.dtype in _TRITON_TYPES
     triton = (
         f"{_TRITON_CHANNELS} channels, {_TRITON_MASKS} masks and one of float32, bfloat16, float16, "
-        f"got {C}, {M} and {sorted(map(str, first | second))}"
+        f"got {C}, {M} and {sorted(map(str, dtypes))}"
     )
     native = "float32 and channels in eights, or bfloat16, channels in sixteens and then an even number"
     return {"native": None if native_fits else native, "triton": None if triton_fits else triton}

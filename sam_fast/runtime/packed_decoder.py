@@ -18,10 +18,11 @@ from sam_fast.modeling import MaskDecoder, TwoWayTransformer
 from sam_fast.modeling.layers import MLP, LayerNorm2d, MLPBlock
 from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock
 from sam_fast.ops.two_way_attention import HEADS
-from sam_fast.ops.upscale_masks import Upscaling, fits_float16, upscale_masks
+from sam_fast.ops.upscale_masks import Upscaling, upscale_masks
 from sam_fast.runtime.graphs import Function, Graphs
 from sam_fast.runtime.perceptrons import SumLayerNorm
 from sam_fast.runtime.plain import is_untouched
+from sam_fast.runtime.ranges import fits_float16
 from sam_fast.runtime.streams import Number
 from sam_fast.runtime.two_way import FirstLayer, StackedSharing, can_absorb, project_first_layer, token_layers, two_way
 from sam_fast.runtime.upscaling import can_upscale_by_products, upscaling_weights
@@ -80,9 +81,12 @@ class PackedDecoder:
         """
         Args:
             decoder: one that `can_pack`.
-            dtype: of products: float32, bfloat16 or float16.
+            dtype: of products: float32, bfloat16 or float16. Instead of bfloat16 it is float16 where that is as safe:
+                its kernels take as long, and errors are several times smaller.
             backend: of the operations.
         """
+        if dtype == torch.bfloat16 and fits_float16(decoder):
+            dtype = torch.float16
         self.dtype = dtype
         self.backend = backend
         # Of each number of tokens in use: of a click, with one mask or three, and of many prompts, which hold on to
@@ -106,10 +110,6 @@ class PackedDecoder:
         self.upscaling = Upscaling(*in_dtype)._replace(  # type: ignore[arg-type]
             norm_weight=upscaling.norm_weight, norm_bias=upscaling.norm_bias
         )
-        if dtype == torch.bfloat16 and fits_float16(upscaling):
-            self.upscaling = self.upscaling._replace(
-                second_weight=upscaling.second_weight.half().contiguous(), second_bias=upscaling.second_bias.half()
-            )
         # The perceptrons that make classifiers of mask tokens, all at once: [M, C_in, C_out] and [M, 1, C_out]. In
         # float32, of which there is little: a rounded classifier is wrong for all pixels alike.
         mlps = cast(list[MLP], list(self.decoder.output_hypernetworks_mlps))

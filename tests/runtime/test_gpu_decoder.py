@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from copies import Copies
+from decoders import decoder_inputs, rows_of, run
 from oracle import relative_error
 from torch import Tensor, nn
 
@@ -21,13 +22,17 @@ from sam_fast.runtime.two_way import StackedSharing, project_first_layer, two_wa
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5  # of float32: products in another order; 2e-6 measured
-# Random weights enlarge the rounding (2^-9) of operands and of the image: errors in bfloat16 may be 1.2 times those of
-# the decoder's own modules in bfloat16 (logits 2.4e-2 and 3.3e-2). With trained weights they must be smaller.
-BF16_FACTOR = 1.2
+# Errors in bfloat16, by those of the decoder's own modules in bfloat16. Random weights enlarge the rounding (2^-9) of
+# operands and of the image: logits 2.4e-2 and 3.3e-2; with trained weights ours are no larger, up to chance. Where
+# float16 is as safe, bfloat16 means that, whose rounding is an eighth: a tenth and a seventh measured.
+RANDOM, TRAINED = {"bfloat16": 1.2, "float16": 0.25}, {"bfloat16": 1.05, "float16": 0.25}
 
 
-def rows_of(image: Tensor) -> Tensor:
-    return image.flatten(2).transpose(1, 2).contiguous()
+@pytest.fixture(params=["bfloat16", "float16"])
+def format_of_bf16(request, monkeypatch) -> str:
+    if request.param == "bfloat16":
+        monkeypatch.setattr(packed_decoder, "fits_float16", lambda decoder: False)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -35,59 +40,31 @@ def model(tiny) -> Sam:
     return copy.deepcopy(tiny).to(DEVICE).eval()
 
 
-def decoder_inputs(prompts: int, tokens: int, height: int, width: int, images: int = 1) -> tuple[Tensor, ...]:
-    """Image embedding, its encoding, sparse and dense prompts."""
-    generator = torch.Generator().manual_seed(prompts + tokens + height)
-    shapes = (1, 256, height, width), (1, 256, height, width), (prompts, tokens, 256), (images, 256, height, width)
-    features, pe, sparse, dense = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in shapes)
-    return features, pe, sparse, dense
-
-
-def run(packed: PackedDecoder, features: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """What the decoder returns for multimask output, and predicted IoU."""
-    image = rows_of(features + dense)
-    start = packed.project_first_layer(image, rows_of(pe)) if len(image) == 1 else image
-    mask_tokens, pixels, iou = packed.predict_tokens(start, rows_of(pe), sparse)
-    assert pixels.dtype == packed.dtype and iou.dtype == torch.float32
-    return packed.masks_from(mask_tokens, pixels, features.shape[2:], range(1, 4)), iou[:, 1:]
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("images", [1, 2], ids=["one image", "an image each"])
-def test_triton_equals_the_plain_decoder(images, dtype, model):
+def test_triton_equals_the_plain_decoder(images, model):
     arguments = decoder_inputs(2, 3, 5, 7, images)
     expected, scores = model.mask_decoder(*arguments, multimask_output=True)
-    logits, iou = run(PackedDecoder(model.mask_decoder, dtype, "triton"), *arguments)
+    logits, iou = run(PackedDecoder(model.mask_decoder, torch.float32, "triton"), *arguments)
     assert logits.shape == expected.shape and logits.dtype == torch.float32
-    of_logits = of_scores = TOLERANCE
-    if dtype == torch.bfloat16:
-        half = copy.deepcopy(model.mask_decoder).bfloat16()
-        plain, plain_scores = half(*(x.bfloat16() for x in arguments), multimask_output=True)
-        of_logits = BF16_FACTOR * relative_error(plain.float(), expected)
-        of_scores = BF16_FACTOR * float((plain_scores.float() - scores).abs().max())
-    assert relative_error(logits, expected) <= of_logits
-    torch.testing.assert_close(iou, scores, rtol=0, atol=of_scores)
+    assert relative_error(logits, expected) <= TOLERANCE
+    torch.testing.assert_close(iou, scores, rtol=0, atol=TOLERANCE)
 
 
 @torch.no_grad()
-def test_the_second_half_of_the_upscaling_is_float16_where_nothing_leaves_its_range(model):
-    arguments = decoder_inputs(2, 3, 5, 7)
-    errors = {}
-    for name in ("as it is", "wide"):
-        decoder = copy.deepcopy(model.mask_decoder)
-        if name == "wide":  # the same, but for a channel that might grow large
-            decoder.output_upscaling[1].bias[3] += 2**15
-            decoder.output_upscaling[3].weight[3] = 0
-        packed = PackedDecoder(decoder, torch.bfloat16, "triton")
-        second = torch.float16 if name == "as it is" else torch.bfloat16
-        assert packed.upscaling.second_weight.dtype == packed.upscaling.second_bias.dtype == second
-        assert packed.upscaling.first_weight.dtype == torch.bfloat16
-        expected, _ = decoder(*arguments, multimask_output=True)
-        errors[name] = relative_error(run(packed, *arguments)[0], expected)
-    assert errors["as it is"] < 0.05 and errors["wide"] < 0.05
-    for dtype in (torch.float32, torch.float16):
-        assert PackedDecoder(model.mask_decoder, dtype).upscaling.second_weight.dtype == dtype
+@pytest.mark.parametrize("images", [1, 2], ids=["one image", "an image each"])
+def test_triton_in_half_precision(images, format_of_bf16, model):
+    arguments = decoder_inputs(2, 3, 5, 7, images)
+    expected, scores = model.mask_decoder(*arguments, multimask_output=True)
+    packed = PackedDecoder(model.mask_decoder, torch.bfloat16, "triton")
+    assert packed.dtype == getattr(torch, format_of_bf16)
+    logits, iou = run(packed, *arguments)
+    half = copy.deepcopy(model.mask_decoder).bfloat16()
+    plain, plain_scores = half(*(x.bfloat16() for x in arguments), multimask_output=True)
+    assert logits.shape == expected.shape and logits.dtype == torch.float32
+    assert 0 < relative_error(logits, expected) <= RANDOM[format_of_bf16] * relative_error(plain.float(), expected)
+    of_scores = RANDOM[format_of_bf16] * float((plain_scores.float() - scores).abs().max())
+    torch.testing.assert_close(iou, scores, rtol=0, atol=of_scores)
 
 
 @torch.no_grad()
@@ -102,11 +79,8 @@ def test_float32_equals_the_plain_decoder(size, tokens, model):
 
 
 @torch.no_grad()
-def test_bfloat16_is_no_worse_than_the_plain_decoder_in_bfloat16(photo):
-    """With trained weights: seeded ones say little about errors of the real ones.
-
-    Operands of both are rounded alike, and which of their sums then is nearer is chance: hence 5% more.
-    """
+def test_half_precision_is_no_worse_than_the_plain_decoder_in_bfloat16(format_of_bf16, photo):
+    """With trained weights: seeded ones say little about errors of the real ones."""
     nano = sam_model_registry["nano"]().to(DEVICE)
     features = SamPredictor(nano, precision="fp32").set_image(photo).features
     points = 512 * torch.rand(32, 1, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -122,8 +96,8 @@ def test_bfloat16_is_no_worse_than_the_plain_decoder_in_bfloat16(photo):
     half = copy.deepcopy(nano.mask_decoder).bfloat16()
     converted = errors(*half(*(x.bfloat16() for x in arguments), multimask_output=True))
     packed = errors(*run(PackedDecoder(nano.mask_decoder, torch.bfloat16), *arguments))
-    assert 0 < packed[0] <= 1.05 * min(plain[0], converted[0])
-    assert packed[1] <= 1.05 * min(plain[1], converted[1])
+    assert 0 < packed[0] <= TRAINED[format_of_bf16] * min(plain[0], converted[0])
+    assert packed[1] <= TRAINED[format_of_bf16] * min(plain[1], converted[1])
 
 
 @torch.no_grad()
