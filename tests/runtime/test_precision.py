@@ -142,14 +142,15 @@ def test_masks_of_trained_weights_stay(precision, least, counts, nano):
 
 
 @pytest.mark.parametrize(
-    "precision, least, counts", [("bf16", 0.99, 0.02), pytest.param("fp8", 0.965, 0.05, marks=needs_8_bits)]
+    "precision, least, counts", [("bf16", 0.995, 0.02), pytest.param("fp8", 0.965, 0.05, marks=needs_8_bits)]
 )
-def test_masks_of_trained_weights_stay_with_the_encoder_for_gpus(precision, least, counts, nano, monkeypatch):
-    """Its arithmetic, on whatever device there is."""
+def test_masks_of_trained_weights_stay_on_a_gpu(precision, least, counts, nano, monkeypatch):
+    """The arithmetic of encoder and decoder there, on whatever device there is."""
     if torch.cuda.is_available():
         nano = copy.deepcopy(nano).cuda()
     else:
         monkeypatch.setattr(plain, "PACKED_ON", {"cpu"})
+        monkeypatch.setattr(decoding, "unavailable_reason", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         dtype = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
         for module in (inference, decoding, precisions):
