@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -146,12 +147,34 @@ class SamAutomaticMaskGenerator:
             `bbox` (XYWH, ints), `predicted_iou`, `point_coords` ([[x, y]], the prompt), `stability_score`,
             `crop_box` (XYWH).
         """
+        return self.begin(image)()
+
+    def begin(self, image: ImageLike) -> Callable[[], list[dict[str, Any]]]:
+        """Begin to generate masks, and return what waits for them: `begin(image)()` is `generate(image)`.
+
+        What is returned may be called later, in any thread. On a GPU the records' masks are then still packed bits on
+        their way to the host, so that the next image can be begun, and keep the GPU busy, before they are unpacked. On
+        a CPU they are finished.
+        """
         image = read_image(image)
         return self._finish(*self._generate_masks(image), image.shape[:2])
 
     def generate_batch(self, images: Sequence[ImageLike]) -> list[list[dict[str, Any]]]:
-        """Generate masks for several images; entry i is what `generate(images[i])` returns."""
-        return [self.generate(image) for image in images]
+        """Generate masks for several images; entry i is what `generate(images[i])` returns.
+
+        Of an image the host makes the records while a GPU works on the next one.
+        """
+        if type(self).generate is not SamAutomaticMaskGenerator.generate:  # somebody's own
+            return [self.generate(image) for image in images]
+        finished: list[list[dict[str, Any]]] = []
+        coming: Future[list[dict[str, Any]]] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="records") as pool:
+            for image in images:
+                finish = self.begin(image)
+                if coming is not None:
+                    finished.append(coming.result())
+                coming = pool.submit(finish)
+        return finished if coming is None else [*finished, coming.result()]
 
     # -- image -> masks that are kept
 
@@ -295,7 +318,8 @@ class SamAutomaticMaskGenerator:
 
     # -- masks that are kept -> records
 
-    def _finish(self, data: MaskData, logits: MaskLogits, size: tuple[int, ...]) -> list[dict[str, Any]]:
+    def _finish(self, data: MaskData, logits: MaskLogits, size: tuple[int, ...]) -> Callable[[], list[dict[str, Any]]]:
+        """Send what records need on its way to the host, and return what waits for it and makes the records."""
         download = Download(self.predictor.device)
         masks = Segmentations(self.output_mode, (size[0], size[1]), download, self._backend)
         cleaned = self._segment(logits, masks)
@@ -322,8 +346,13 @@ class SamAutomaticMaskGenerator:
             data[name] = box_xyxy_to_xywh(data[name])
         fields = ("place", "area", "boxes", "iou_preds", "points", "stability_score", "crop_boxes")
         download.add([data[name] for name in fields], receive)
-        download.finish()
-        return records
+        download.start()
+
+        def finish() -> list[dict[str, Any]]:
+            download.finish()
+            return records
+
+        return finish
 
     def _segment(self, logits: MaskLogits, masks: Segmentations) -> Cleaned | None:
         """Make masks of logits, a few at a time; returns what the removal of small regions did, if it is wanted."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from pycocotools import mask as coco
 from records import assert_same_mask, assert_same_records
 
 from sam_fast import SamAutomaticMaskGenerator, automatic_mask_generator, build_sam_from_config, sam_model_registry
+from sam_fast.runtime.streams import Download
 from sam_fast.utils.amg import MaskData, rle_to_mask
 
 # Thresholds that keep a good dozen of the seeded weights' masks and drop the others.
@@ -135,6 +138,61 @@ def test_generate_batch(tiny_models, image):
     batch = generator.generate_batch([image, other])
     for records, single in zip(batch, (image, other), strict=True):
         assert_same_records(records, generator.generate(single))
+
+
+def test_what_was_begun_is_finished_in_any_order_and_thread(tiny_models, image, monkeypatch):
+    """Also where records come in copies, as from a GPU."""
+    generator = generators(tiny_models)[1]
+    images = [image, image[::-1], image[:, ::-1]]
+    expected = [generator.generate(one) for one in images]
+    start = Download.__init__
+
+    def copying(self, device):
+        start(self, device)
+        self._copies = True
+
+    for copies in (False, True):
+        if copies:
+            monkeypatch.setattr(Download, "__init__", copying)
+        begun = [generator.begin(one) for one in images]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda finish: finish(), reversed(begun)))[::-1]
+        for records, single, finish in zip(found, expected, begun, strict=True):
+            assert_same_records(records, single)
+            assert finish() is records
+
+
+def test_a_batch_makes_records_while_the_next_image_is_begun(tiny_models, image, monkeypatch):
+    generator = generators(tiny_models)[1]
+    begun = [threading.Event() for _ in range(4)]
+    order = iter(range(4))
+
+    def begin(_):
+        number = next(order)
+        begun[number].set()
+
+        def finish():
+            assert number == 3 or begun[number + 1].wait(60), "the next image waits for records"
+            return [{"image": number}]
+
+        return finish
+
+    monkeypatch.setattr(generator, "begin", begin)
+    assert generator.generate_batch([image] * 4) == [[{"image": number}] for number in range(4)]
+    assert generator.generate_batch([]) == []
+
+
+def test_a_batch_asks_somebodys_own_way(tiny_models, image):
+    class Own(SamAutomaticMaskGenerator):
+        def generate(self, image):
+            return [image.shape]
+
+    assert Own(tiny_models[1]).generate_batch([image, image[:4]]) == [[image.shape], [(4, *image.shape[1:])]]
+
+
+def test_a_batch_with_something_else_in_it_raises(tiny_models, image):
+    with pytest.raises(FileNotFoundError):
+        generators(tiny_models)[1].generate_batch([image, "no such file.jpg", image])
 
 
 def test_keeps_its_arguments_as_attributes(tiny_models):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 
 from sam_fast.cli.amg_files import AmgFiles
@@ -116,7 +117,8 @@ def amg(
     )
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    masks, unreadable = 0, 0
+    counts: list[int] = []  # of masks
+    unreadable = 0
     with item_progress() as progress, AmgFiles(output, convert_to_rle, overlay) as files, Behind() as behind:
         read = zip(images, ahead(read_image, images), strict=True)
         for path, coming in progress.track(read, description="masks", total=len(images)):
@@ -126,18 +128,26 @@ def amg(
                 report_error(f"skipped: {error}")
                 unreadable += 1
                 continue
-            records = generator.generate(image)
-            masks += len(records)
-            behind(partial(files.write, path.stem, image, records))
-            del image, records  # which are gone when they are written
+            behind(partial(_write, files, path.stem, image, generator.begin(image), counts))
+            del image  # which is gone when its masks are written
     seconds = time.perf_counter() - started
     done = len(images) - unreadable
-    summary = f"{masks} masks of {done} image{'s' * (done != 1)} in {seconds:.1f} s on {device}, written to {output}"
+    summary = f"{sum(counts)} masks of {done} image{'s' * (done != 1)} in {seconds:.1f} s on {device}"
+    summary += f", written to {output}"
     if ignored:
         summary += f"; {ignored} other file{'s' * (ignored != 1)} ignored"
     out().print(escaped(summary) + (f"; [red]{unreadable} unreadable[/]" if unreadable else ""))
     if unreadable:
         raise typer.Exit(1)
+
+
+def _write(
+    files: AmgFiles, stem: str, image: np.ndarray, finish: Callable[[], list[dict[str, Any]]], counts: list[int]
+) -> None:
+    """Wait for an image's records and write their files, while the model works on the next image."""
+    records = finish()
+    counts.append(len(records))
+    files.write(stem, image, records)
 
 
 def find_images(path: Path) -> tuple[list[Path], int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,13 +152,13 @@ def test_files_are_read_and_written_beside_the_model(
         written.set()
 
     class Generator(SamAutomaticMaskGenerator):
-        def generate(self, image: Any) -> list[dict[str, Any]]:
+        def begin(self, image: Any) -> Callable[[], list[dict[str, Any]]]:
             if type(image) is np.ndarray:
                 order.append(("begun", len([step for step in order if step[0] == "begun"])))
                 if order[-1] == ("begun", 1):
                     second_begun.set()
                     assert written.wait(20) and all_read.wait(20)
-            return super().generate(image)
+            return super().begin(image)
 
     monkeypatch.setattr(preprocess, "read_image", reading)
     monkeypatch.setattr(AmgFiles, "write", writing)
@@ -250,8 +251,8 @@ def test_official_flags_reach_the_generator(
             super().__init__(model, **settings)
             seen.update(settings)
 
-        def generate(self, image: Any) -> list[dict[str, Any]]:
-            return []
+        def begin(self, image: Any) -> Callable[[], list[dict[str, Any]]]:
+            return list
 
     monkeypatch.setattr(sam_fast, "SamAutomaticMaskGenerator", Recorder)
     flags = {name: value for name, value in OFFICIAL_FLAGS.items() if given in (name, "all")}
