@@ -9,6 +9,7 @@ Sections:
     decode   many points to low-resolution logits
     post     those logits to boxes and stability scores at full size (ours also packs the masks)
     amg      automatic masks, encoding included, thresholds such that half of the masks pass the IoU filter
+    batch    the same of eight images, one by one and by `generate_batch`; ours only
     cold     start of a process to the first mask
 Weights are seeded (`sam_fast.modeling.seeded`), so masks are arbitrary blobs.
 
@@ -32,7 +33,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = ("encoder", "click", "decode", "post", "amg", "cold")
+SECTIONS = ("encoder", "click", "decode", "post", "amg", "batch", "cold")
 PRECISIONS = ("fp32", "bf16", "fp16", "fp8", "int8")
 _TEST_SECONDS = 150  # after which tests are stopped
 _TESTS_NEED = ("segment_anything", "hypothesis", "cv2", "pytest")

@@ -6,6 +6,7 @@ A gate compares a peer's result with the first peer's before any time is taken. 
     click    1 - IoU of the masks, all three together
     post     share of masks with another box
     amg      share of the reference's boxes for which there is none of IoU 0.9
+    batch    the same, the largest of several images: one after the other, and by one call
     cold     none: a new process that makes a first mask; wall time is that of the process, "device" time begins when
              Python has started, and "auto" is sam_fast's precision on that device
 """
@@ -19,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ TOLERANCES = {
     "click": {"fp32": 0.01, "bf16": 0.35, "fp16": 0.15, "fp8": 0.35, "int8": 0.35},
     "post": {"fp32": 0.02, "bf16": 0.02, "fp16": 0.02, "fp8": 0.02, "int8": 0.02},
     "amg": {"fp32": 0.03, "bf16": 0.6, "fp16": 0.6, "fp8": 0.7, "int8": 0.7},
+    "batch": {"fp32": 0.0, "bf16": 0.0, "fp16": 0.0, "fp8": 0.0, "int8": 0.0},  # the same operations in the same order
 }
+_IN_BATCH = 8  # images
 _FEWEST_RECORDS = 20  # to judge a narrow format by the share of them that differ
 _ROTATED = 4  # inputs that take turns
 
@@ -111,6 +114,8 @@ def run_model(run: Run, name: str) -> None:
             continue
         for section, shape, call in cases_of(run, peer, model, state, name, threshold):
             _measure_case(run, peer, section, shape, call, first)
+        for way, shape, call in batch_cases(run, peer, name, threshold):
+            _measure_case(run, way, "batch", shape, call, first)
         del peer
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -162,6 +167,20 @@ def cases_of(
             shape = f"{name}, {_text(size)}, {run.points_per_side}x{run.points_per_side}"
             cases.append(("amg", shape, _generating(generate, size)))
     return cases
+
+
+def batch_cases(run: Run, peer: DevicePeer, name: str, threshold: float) -> Iterator[tuple[DevicePeer, str, Callable]]:
+    """Several images by `generate`, one after the other, and by one call: who does it, the shape, the call."""
+    if "batch" not in run.sections or peer.batches is None or peer.generator is None:
+        return
+    settings = run.points_per_side, threshold, STABILITY
+    image = photo(run.sizes[0])
+    images = [image, np.ascontiguousarray(image[:, ::-1])] * (_IN_BATCH // 2)
+    shape = f"{name}, {peer.precision}, {_IN_BATCH} x {_text(run.sizes[0])}, {run.points_per_side}x{run.points_per_side}"
+    one_by_one = replace(peer, name=f"{peer.name}, one by one")
+    generate, generate_batch = peer.generator(*settings), peer.batches(*settings)
+    yield one_by_one, shape, lambda _: [generate(image) for image in images]
+    yield peer, shape, lambda _: generate_batch(images)
 
 
 def _text(size: tuple[int, int]) -> str:
@@ -227,7 +246,7 @@ def _measure_case(
                 most = 1.0
             if not error <= most:  # NaN is refused, too
                 raise WrongResult(f"error {error:.2e}, at most {most:.0e} is allowed")
-        fewest = 2 if section == "amg" else 3
+        fewest = 2 if section in ("amg", "batch") else 3
         measured = measure(call, run.device, seconds=run.seconds, fewest=fewest)
     except WrongResult as wrong:
         run.refused.append(f"{who}: {wrong}")
@@ -265,6 +284,8 @@ def error_of(section: str, expected: Any, got: Any) -> float:
         if not torch.allclose(scores.float(), their_scores.float(), atol=0.01, equal_nan=True):
             raise WrongResult("stability scores differ by more than 0.01")
         return (boxes != their_boxes).any(dim=1).float().mean().item()
+    if section == "batch":
+        return max(map(_unmatched, expected, got))
     return _unmatched(expected, got)
 
 

@@ -56,6 +56,7 @@ class DevicePeer:
     click: (state, point [1, 2] in pixels of the image) -> masks [3, H, W], numpy.
     postprocess: (state, logits [N, 4s, 4s]) -> boxes [N, 4], stability scores [N].
     generator: (points per side, IoU threshold, stability threshold) -> image -> records.
+    batches: the same -> images -> records of each.
     """
 
     name: str
@@ -65,6 +66,7 @@ class DevicePeer:
     click: Callable[[ImageState, np.ndarray], np.ndarray] | None = None
     postprocess: Callable[[ImageState, Tensor], tuple[Tensor, Tensor]] | None = None
     generator: Callable[[int, float, float], Callable[[np.ndarray], list[dict]]] | None = None
+    batches: Callable[[int, float, float], Callable[[list[np.ndarray]], list[list[dict]]]] | None = None
 
 
 def build_ours(name: str, device: torch.device) -> Sam:
@@ -108,16 +110,22 @@ def ours(model: Sam, precision: str) -> DevicePeer:
         done = predictor.runtime.postprocess(embedding(state), logits)
         return done.boxes, done.stability_score
 
-    def generator(side: int, iou: float, stability: float) -> Callable[[np.ndarray], list[dict]]:
+    def generator(side: int, iou: float, stability: float) -> SamAutomaticMaskGenerator:
         return SamAutomaticMaskGenerator(
             model,
             points_per_side=side,
             pred_iou_thresh=iou,
             stability_score_thresh=stability,
             precision=precision,
-        ).generate
+        )
 
-    return DevicePeer(OURS, precision, encode, decode, click, postprocess, generator)
+    def generate(*settings: Any) -> Callable[[np.ndarray], list[dict]]:
+        return generator(*settings).generate
+
+    def generate_batch(*settings: Any) -> Callable[[list[np.ndarray]], list[list[dict]]]:
+        return generator(*settings).generate_batch  # type: ignore[return-value]
+
+    return DevicePeer(OURS, precision, encode, decode, click, postprocess, generate, generate_batch)
 
 
 def official(name: str, weights: dict[str, Tensor], device: torch.device, precision: str) -> DevicePeer:

@@ -40,11 +40,12 @@ def test_every_section_writes_rows(tmp_path, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in RESULTS.glob("*.csv")}
     output = tmp_path / "new" / "gpu.csv"
     rest = ["--precisions", "fp32", "fp8", "--output", str(output), "--commit", "abc", "--budget", "1000"]
-    assert gpu.main([*ARGUMENTS, *rest, "--sections", "encoder,click,decode,post,amg"]) == 0
+    assert gpu.main([*ARGUMENTS, *rest, "--sections", "encoder,click,decode,post,amg,batch"]) == 0
     rows = rows_of(output)
     found = {(row["case"], row["peer"], row["precision"]) for row in rows}
     for section in ("encoder", "click", "decode", "post", "amg"):
         assert {(section, peers.OFFICIAL, "fp32"), (section, peers.OURS, "fp32")} <= found
+    assert {("batch", f"{peers.OURS}, one by one", "fp32"), ("batch", peers.OURS, "fp32")} <= found
     assert ("encoder", "transformers SDPA", "bf16") in found and ("decode", peers.OFFICIAL, "bf16") in found
     for row in rows:
         assert 0 < float(row["device_ms"]) <= float(row["device_p90_ms"])
