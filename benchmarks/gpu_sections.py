@@ -176,7 +176,8 @@ def batch_cases(run: Run, peer: DevicePeer, name: str, threshold: float) -> Iter
     settings = run.points_per_side, threshold, STABILITY
     image = photo(run.sizes[0])
     images = [image, np.ascontiguousarray(image[:, ::-1])] * (_IN_BATCH // 2)
-    shape = f"{name}, {peer.precision}, {_IN_BATCH} x {_text(run.sizes[0])}, {run.points_per_side}x{run.points_per_side}"
+    side = run.points_per_side
+    shape = f"{name}, {peer.precision}, {_IN_BATCH} x {_text(run.sizes[0])}, {side}x{side}"
     one_by_one = replace(peer, name=f"{peer.name}, one by one")
     generate, generate_batch = peer.generator(*settings), peer.batches(*settings)
     yield one_by_one, shape, lambda _: [generate(image) for image in images]

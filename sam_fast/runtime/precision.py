@@ -21,12 +21,12 @@ _BESIDE = {torch.float8_e4m3fn: torch.bfloat16, torch.int8: torch.float32}
 def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """Return the dtype of matrix products for `precision` on `device`.
 
-    `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere. There the mask decoder multiplies float16
-    numbers instead, where its weights show that none can leave the range (`runtime.ranges`). On a CPU, bf16 and int8 are for the linear
-    layers of the image encoder's blocks; where it multiplies bfloat16, attention and the pixels of the mask decoder are
-    bfloat16 beside both, and everything else is float32. int8 is for CPUs only, fp16 for CUDA. fp8
-    (e4m3) is for GPUs of compute capability 8.9 and later, for linear layers of the image encoder's blocks, and
-    everything else is bfloat16. Whatever the precision, features, logits and scores are returned in float32.
+    `auto` is bfloat16 on a CUDA device that has it and float32 elsewhere. On a CUDA device the mask decoder multiplies
+    float16 numbers by bf16, where its weights show that none can leave the range (`runtime.ranges`). On a CPU, bf16 and
+    int8 are for the linear layers of the image encoder's blocks; where it multiplies bfloat16, attention and the pixels
+    of the mask decoder are bfloat16 beside both, and everything else is float32. int8 is for CPUs only, fp16 for CUDA.
+    fp8 (e4m3) is for GPUs of compute capability 8.9 and later, for linear layers of the image encoder's blocks, and
+    everything else is as by bf16. Whatever the precision, features, logits and scores are returned in float32.
 
     Raises:
         ValueError: `precision` is unknown.
