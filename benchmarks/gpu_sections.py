@@ -6,7 +6,7 @@ A gate compares a peer's result with the first peer's before any time is taken. 
     click    1 - IoU of the masks, all three together
     post     share of masks with another box
     amg      share of the reference's boxes for which there is none of IoU 0.9
-    batch    the same, the largest of several images: one after the other, and by one call
+    batch    share of images with other records: one after the other, and by one call
     cold     none: a new process that makes a first mask; wall time is that of the process, "device" time begins when
              Python has started, and "auto" is sam_fast's precision on that device
 """
@@ -286,8 +286,18 @@ def error_of(section: str, expected: Any, got: Any) -> float:
             raise WrongResult("stability scores differ by more than 0.01")
         return (boxes != their_boxes).any(dim=1).float().mean().item()
     if section == "batch":
-        return max(map(_unmatched, expected, got))
+        if len(got) != len(expected):
+            raise WrongResult(f"records of {len(got)} images instead of {len(expected)}")
+        return sum(not _are_same(*pair) for pair in zip(expected, got, strict=True)) / len(expected)
     return _unmatched(expected, got)
+
+
+def _are_same(expected: list[dict], got: list[dict]) -> bool:
+    """Whether records are the same, in the same order."""
+    return len(expected) == len(got) and all(
+        mine["bbox"] == other["bbox"] and np.array_equal(mine["segmentation"], other["segmentation"])
+        for mine, other in zip(got, expected, strict=True)
+    )
 
 
 def _unmatched(expected: list[dict], got: list[dict]) -> float:

@@ -198,7 +198,7 @@ def _half_normalised(a, first_bias, norm_weight, norm_bias, eps, C1: tl.constexp
 @triton.jit
 def _gelu_of_double(h, like, EXACT: tl.constexpr, PAIRS: tl.constexpr):
     """GELU of 2 h as an operand of a product with `like`."""
-    y = gelu_of_double_in_pairs(h.to(tl.float16)) if PAIRS else gelu_of_double(h, EXACT)
+    y = gelu_of_double_in_pairs(h) if PAIRS else gelu_of_double(h, EXACT)
     return y.to(like.dtype)
 
 

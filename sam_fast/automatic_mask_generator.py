@@ -164,7 +164,7 @@ class SamAutomaticMaskGenerator:
 
         Of an image the host makes the records while a GPU works on the next one.
         """
-        if type(self).generate is not SamAutomaticMaskGenerator.generate:  # somebody's own
+        if getattr(self.generate, "__func__", None) is not _GENERATE:  # somebody's own
             return [self.generate(image) for image in images]
         finished: list[list[dict[str, Any]]] = []
         coming: Future[list[dict[str, Any]]] | None = None
@@ -372,6 +372,9 @@ class SamAutomaticMaskGenerator:
         data["boxes"] = torch.where(cleaned.changed[:, None], cleaned.boxes, data["boxes"])
         threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
         data.filter(self._nms(data["boxes"], (~cleaned.changed).float(), threshold))
+
+
+_GENERATE = SamAutomaticMaskGenerator.generate
 
 
 def _no_candidates(device: torch.device) -> MaskData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -182,12 +183,20 @@ def test_a_batch_makes_records_while_the_next_image_is_begun(tiny_models, image,
     assert generator.generate_batch([]) == []
 
 
-def test_a_batch_asks_somebodys_own_way(tiny_models, image):
-    class Own(SamAutomaticMaskGenerator):
-        def generate(self, image):
-            return [image.shape]
+@pytest.mark.parametrize("where", ["subclass", "instance", "class"])
+def test_a_batch_asks_somebodys_own_way(where, tiny_models, image, monkeypatch):
+    generator = generators(tiny_models)[1]
 
-    assert Own(tiny_models[1]).generate_batch([image, image[:4]]) == [[image.shape], [(4, *image.shape[1:])]]
+    def generate(self, image):
+        return [image.shape]
+
+    if where == "subclass":
+        generator.__class__ = type("Own", (SamAutomaticMaskGenerator,), {"generate": generate})
+    elif where == "instance":
+        generator.generate = functools.partial(generate, generator)
+    else:
+        monkeypatch.setattr(SamAutomaticMaskGenerator, "generate", generate)
+    assert generator.generate_batch([image, image[:4]]) == [[image.shape], [(4, *image.shape[1:])]]
 
 
 def test_a_batch_with_something_else_in_it_raises(tiny_models, image):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def test_errors():
     assert error_of("amg", records, records[::-1]) == 0
     assert error_of("amg", records, records[:1]) == 0.5
     assert error_of("amg", records, []) == 1 and error_of("amg", [], []) == 0
+
+
+def test_batches_must_have_the_same_records():
+    first, second = ({"bbox": [0, 0, 3, side], "segmentation": np.eye(4) > side} for side in (0, 2))
+    images = [[first, second], [second], []]
+    assert gpu_sections.error_of("batch", images, copy.deepcopy(images)) == 0
+    others = (
+        [[second, first], [first], [first]],
+        [[first], [], []],
+        [[first, {**second, "segmentation": np.eye(4) > 5}]],
+    )
+    for other, share in zip((others[0], others[1], others[2] + images[1:]), (1.0, 2 / 3, 1 / 3), strict=True):
+        assert gpu_sections.error_of("batch", images, other) == pytest.approx(share)
+    for wrong in ([], images[:2], [*images, []]):
+        with pytest.raises(WrongResult, match="images"):
+            gpu_sections.error_of("batch", images, wrong)
 
 
 def test_narrow_modules_take_and_give_float32():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -65,6 +67,23 @@ def test_alone():
     records = [{"segmentation": mask} for mask in masks]
     assert [alone(records[:1], some) for some in (records[1:2], records[2:], records, [])] == [0, 1, 0, 1]
     assert alone([], records) == 0
+
+
+def test_an_encoder_without_timm(tmp_path):
+    """What a file takes from it, twice, and nothing is left behind."""
+    if importlib.util.find_spec("timm") is not None:
+        pytest.skip("timm is here, and no stand-in is needed")
+    path = tmp_path / "encoder.py"
+    path.write_text(
+        "from timm.models.layers import DropPath, to_2tuple, trunc_normal_\n"
+        "from timm.models.registry import register_model\n"
+        "@register_model\n"
+        "def size(side):\n"
+        "    return to_2tuple(side)\n"
+    )
+    for _ in range(2):
+        assert mobile_sam._module(path).size(3) == (3, 3)
+        assert not [name for name in sys.modules if name.partition(".")[0] == "timm"]
 
 
 def test_another_checkpoint_is_refused(tmp_path):

@@ -46,8 +46,8 @@ class InferenceRuntime:
             model: the Sam to run; its weights may change between calls, by optimisers and `with torch.no_grad():
                 weight.copy_(...)`, but not through `weight.data`, which nobody can notice.
             precision: auto, fp32, bf16, fp16, fp8 or int8 (see `resolve_precision`). A model that was converted
-                (`half()`, `bfloat16()`, `double()`) runs in its own format with auto, and cannot run in fp32 if that is
-                narrower.
+                (`half()`, `bfloat16()`, `double()`) runs in its own format with auto (`bfloat16()` as by bf16), and
+                cannot run in fp32 if that is narrower.
             backend: which implementation of the operations runs: auto, native or torch. With native, the model's own
                 operations are native where they can be, that is for float32 and bfloat16 on a CPU.
 

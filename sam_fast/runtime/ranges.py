@@ -19,11 +19,10 @@ from sam_fast.modeling.transformer import Attention, TwoWayAttentionBlock
 from sam_fast.ops.upscale_masks import Upscaling
 from sam_fast.runtime.upscaling import upscaling_weights
 
-# Of an image's pixels and a prompt's tokens, which the decoder's weights say nothing of. SAM's encoders make pixels and
-# tokens of less than 30.
+# Of an image's pixels and a prompt's tokens, which the decoder's weights say nothing of.
 LONGEST_INPUT = 256.0
 _LARGEST = 2.0**15  # half of what float16 holds
-_SMALLEST = 2.0**-8  # that the largest number of a weight must reach: what is 64 times smaller has all its digits
+_SMALLEST = 2.0**-8  # that the largest number of a weight must reach; what is 64 times smaller has all its digits
 
 
 @torch.no_grad()
@@ -41,66 +40,66 @@ def fits_float16(decoder: MaskDecoder) -> bool:
     matrices = [layer.weight for layer in layers]
     matrices += [upscaling.first_weight, upscaling.norm_weight, upscaling.second_weight]
     weights = torch.stack([matrix.abs().max().float() for matrix in matrices])
-    numbers = torch.stack([*_of_transformer(transformer), *_of_upscaling(upscaling)])
+    numbers = torch.stack([*_of_transformer(decoder, transformer), *_of_upscaling(upscaling)])
     keep_digits = (weights == 0) | (weights >= _SMALLEST)
     return bool((numbers < _LARGEST).all() & (weights < _LARGEST).all() & keep_digits.all())
 
 
-def _of_transformer(transformer: TwoWayTransformer) -> Iterator[Tensor]:
+def _of_transformer(decoder: MaskDecoder, transformer: TwoWayTransformer) -> Iterator[Tensor]:
     """Bounds of all numbers that are rounded on the way of tokens and pixels."""
-    layers = cast(list[TwoWayAttentionBlock], list(transformer.layers))
-    given = torch.tensor(LONGEST_INPUT, device=transformer.norm_final_attn.weight.device)
-    encoding = (transformer.embedding_dim / 2) ** 0.5  # sines and cosines
-    pixels = tokens = given
-    for layer in layers:
+    own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).float().norm(dim=1).max()
+    given = own.clamp(min=LONGEST_INPUT)  # tokens, whose places are encoded by adding them once more
+    encoding = (transformer.embedding_dim / 2) ** 0.5  # of pixels: sines and cosines
+    tokens, pixels = given, torch.full_like(given, LONGEST_INPUT)
+    for layer in cast(list[TwoWayAttentionBlock], list(transformer.layers)):
         placed = tokens if layer.skip_first_layer_pe else tokens + given
         yield from _of_attention(layer.self_attn, placed, placed, tokens)
         tokens = _length_of_norm(layer.norm1)
         yield from _of_attention(layer.cross_attn_token_to_image, tokens + given, pixels + encoding, pixels)
-        yield _of_reading(layer.cross_attn_token_to_image, tokens + given)
+        yield _of_absorbed(layer.cross_attn_token_to_image, "q_proj", tokens + given, "k_proj")
         tokens = _length_of_norm(layer.norm2)
         perceptron = cast(MLPBlock, layer.mlp)
+        yield tokens
         yield _largest(perceptron.lin1, tokens)
         yield _largest(perceptron.lin2, _length(perceptron.lin1, tokens))
         tokens = _length_of_norm(layer.norm3)
         yield from _of_attention(layer.cross_attn_image_to_token, pixels + encoding, tokens + given, tokens)
-        taking = layer.cross_attn_image_to_token
-        yield _of_absorbed(taking, taking.k_proj, tokens + given, taking.q_proj.weight)
-        yield _of_absorbed(taking, taking.v_proj, tokens, taking.out_proj.weight.T)
+        yield _of_absorbed(layer.cross_attn_image_to_token, "k_proj", tokens + given, "q_proj")
         pixels = _length_of_norm(layer.norm4)
-        yield pixels
     final = transformer.final_attn_token_to_image
     yield from _of_attention(final, tokens + given, pixels + encoding, pixels)
-    yield _of_reading(final, tokens + given)
+    yield _of_absorbed(final, "q_proj", tokens + given, "k_proj")
 
 
 def _of_attention(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """Of the projections of queries, keys and values that are so long, and of what is read."""
+    """Of what goes into the projections of queries, keys and values, and is so long; of these, and of what is read.
+
+    What tokens offer to pixels, each head's part of `out_proj` alone, is no larger than the latter.
+    """
+    yield from (q, k, v)
     yield _largest(attention.q_proj, q)
     yield _largest(attention.k_proj, k)
     yield _largest(attention.v_proj, v)
     yield _largest(attention.out_proj, _length(attention.v_proj, v))
 
 
-def _of_reading(attention: Attention, length: Tensor) -> Tensor:
-    """Of queries that have absorbed the projection of what they read."""
-    return _of_absorbed(attention, attention.q_proj, length, attention.k_proj.weight)
-
-
-def _of_absorbed(attention: Attention, projection: nn.Linear, length: Tensor, weight: Tensor) -> Tensor:
-    """Of tokens that are projected, then multiplied head by head with a weight [h d, C] (`ops.two_way_attention`)."""
-    heads = attention.num_heads, -1
-    matrices, biases = (x.float().unflatten(0, heads) for x in (projection.weight, projection.bias))
-    lengths = matrices.flatten(1).norm(dim=1) * length + biases.norm(dim=1)
-    return (lengths * weight.float().unflatten(0, heads).norm(dim=1).amax(1)).max()
+def _of_absorbed(attention: Attention, projection: str, length: Tensor, other: str) -> Tensor:
+    """Of tokens that are projected, and multiplied head by head with another projection (`ops.two_way_attention`)."""
+    first, second, heads = getattr(attention, projection), getattr(attention, other), (attention.num_heads, -1)
+    weight, bias, then = (x.float().unflatten(0, heads) for x in (first.weight, first.bias, second.weight))
+    lengths = weight.flatten(1).norm(dim=1) * length + bias.norm(dim=1)
+    return (lengths * then.norm(dim=1).amax(1)).max()
 
 
 def _of_upscaling(upscaling: Upscaling) -> Iterator[Tensor]:
-    """Of what is behind the LayerNorm: no value of C1 is larger than sqrt(C1), and no GELU than what goes into it."""
+    """Of what is behind the LayerNorm: no value of C1 is larger than sqrt(C1), and no GELU than what goes into it.
+
+    Before it numbers are float32, but for the bias.
+    """
     squares = upscaling.norm_weight.abs().float() * len(upscaling.norm_weight) ** 0.5 + upscaling.norm_bias.abs()
-    pixels = upscaling.second_weight.abs().float() @ squares.float() + upscaling.second_bias.abs().float().repeat(4)
-    yield squares.max()
-    yield pixels.max()
+    second_bias = upscaling.second_bias.abs().float()
+    pixels = upscaling.second_weight.abs().float() @ squares.float() + second_bias.repeat(4)
+    yield from (upscaling.first_bias.abs().max().float(), squares.max().float(), second_bias.max(), pixels.max())
 
 
 def _largest(layer: nn.Linear, length: Tensor) -> Tensor:

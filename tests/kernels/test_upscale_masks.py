@@ -128,6 +128,18 @@ def test_large_values_do_not_overflow(dtype):
     assert upscale_masks(30 * image, weights, classifiers, backend="triton").isfinite().all()
 
 
+def test_what_is_far_below_zero_is_zero(dtype):
+    """Also below float16's range, in the first GELU and in the second."""
+    image, weights, classifiers = problem(1, 3, 5, 64, 2, dtype)
+    weights.norm_bias[3] = -1.4e5
+    rows = torch.arange(2, 32, 8)  # of one channel in each of the four places
+    weights.second_weight[rows] = -3e4
+    arguments = image, weights, classifiers
+    logits = upscale_masks(*arguments, backend="triton")
+    expected = upscale_masks_reference(*in_float64(arguments))
+    assert relative_error(logits.double(), expected) <= TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("name", ["first_weight", "first_bias", "second_weight", "second_bias"])
 def test_all_factors_have_one_type(name):
     image, weights, classifiers = problem(1, 3, 5, 64, 2, torch.bfloat16)
