@@ -245,13 +245,13 @@ def test_errors():
 
 
 def test_batches_must_have_the_same_records():
-    first, second = ({"bbox": [0, 0, 3, side], "segmentation": np.eye(4) > side} for side in (0, 2))
+    first, second = ({"bbox": [0, 0, 3, side], "segmentation": np.eye(4) > side - 0.5} for side in (0, 2))
     images = [[first, second], [second], []]
     assert gpu_sections.error_of("batch", images, copy.deepcopy(images)) == 0
     others = (
         [[second, first], [first], [first]],
         [[first], [], []],
-        [[first, {**second, "segmentation": np.eye(4) > 5}]],
+        [[first, {**second, "segmentation": np.eye(4) > 0.5}]],
     )
     for other, share in zip((others[0], others[1], others[2] + images[1:]), (1.0, 2 / 3, 1 / 3), strict=True):
         assert gpu_sections.error_of("batch", images, other) == pytest.approx(share)

@@ -97,9 +97,8 @@ def _of_upscaling(upscaling: Upscaling) -> Iterator[Tensor]:
     Before it numbers are float32, but for the bias.
     """
     squares = upscaling.norm_weight.abs().float() * len(upscaling.norm_weight) ** 0.5 + upscaling.norm_bias.abs()
-    second_bias = upscaling.second_bias.abs().float()
-    pixels = upscaling.second_weight.abs().float() @ squares.float() + second_bias.repeat(4)
-    yield from (upscaling.first_bias.abs().max().float(), squares.max().float(), second_bias.max(), pixels.max())
+    pixels = upscaling.second_weight.abs().float() @ squares.float() + upscaling.second_bias.abs().float().repeat(4)
+    yield from (upscaling.first_bias.abs().max().float(), squares.max().float(), pixels.max())
 
 
 def _largest(layer: nn.Linear, length: Tensor) -> Tensor:

@@ -264,7 +264,16 @@ def test_the_bound_of_the_upscaling_is_reached(factor, fits, quiet):
     assert float(pixel) == pytest.approx(factor * LARGEST, rel=0.02)  # sqrt(C1 - 1) of sqrt(C1)
 
 
-# -- what can be too large without a number that is
+# -- weights that float16 does not hold well, whatever they are multiplied with
+
+
+@torch.no_grad()
+def test_weights_beyond_the_range(quiet):
+    layer = quiet.transformer.layers[0]
+    layer.norm2.weight.zero_()
+    for number, fits in ((3e4, True), (1e5, False)):
+        layer.mlp.lin1.weight[5, 6] = number  # times nothing
+        assert fits_float16(quiet) == fits
 
 
 @torch.no_grad()
