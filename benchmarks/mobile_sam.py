@@ -105,7 +105,7 @@ def _module(path: Path) -> ModuleType:
 
 def photos() -> dict[str, np.ndarray]:
     """The packaged ones, by name: uint8 [H, W, 3]."""
-    with resources.as_file(resources.files(OURS) / "assets" / "photos") as folder:
+    with resources.as_file(resources.files("sam_fast") / "assets" / "photos") as folder:
         paths = sorted(folder.glob("*.jpg"))
         return {path.stem: np.asarray(Image.open(path).convert("RGB")) for path in paths}
 
