@@ -82,7 +82,7 @@ class PackedDecoder:
         Args:
             decoder: one that `can_pack`.
             dtype: of products: float32, bfloat16 or float16. Instead of bfloat16 it is float16 where that is as safe:
-                its kernels take as long, and errors are several times smaller.
+                its rounding is an eighth.
             backend: of the operations.
         """
         if dtype == torch.bfloat16 and fits_float16(decoder):

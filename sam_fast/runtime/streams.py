@@ -81,19 +81,10 @@ class Download:
         """
         self._packed.append((tensors, receive))
         if sum(tensor.nbytes for some, _ in self._packed for tensor in some) > _MOST_BYTES:
-            self._leave()
+            self.start()
 
     def start(self) -> None:
         """Let what was added so far leave; on a CPU it arrives at once."""
-        self._leave()
-
-    def finish(self) -> None:
-        """Wait until all has been received; any thread may, after `start`."""
-        self._leave()
-        while self._under_way:
-            self._arrive()
-
-    def _leave(self) -> None:
         if not self._copies:
             while self._packed:
                 tensors, receive = self._packed.pop(0)
@@ -113,6 +104,12 @@ class Download:
         shapes = [([(t.dtype, t.shape) for t in tensors], receive) for tensors, receive in self._packed]
         self._under_way.append((staged, ready, shapes))
         self._packed = []
+
+    def finish(self) -> None:
+        """Wait until all has been received; any thread may, after `start`."""
+        self.start()
+        while self._under_way:
+            self._arrive()
 
     def _arrive(self) -> None:
         staged, ready, shapes = self._under_way.popleft()

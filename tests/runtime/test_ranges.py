@@ -138,6 +138,11 @@ PROJECTED = [
     for name, *lengths in GIVEN
     for projection, length in zip(("q_proj", "k_proj", "v_proj"), lengths, strict=True)
 ]
+PERCEPTRONS = ["layers.0.mlp", "layers.1.mlp"]
+PROJECTED += [(name, "lin1", LENGTH) for name in PERCEPTRONS]
+# Two layers in a row: what goes into the first one, and what lies between them is no longer than that makes it.
+IN_A_ROW = [(name, "v_proj", "out_proj", length) for name, _, _, length in GIVEN]
+IN_A_ROW += [(name, "lin1", "lin2", LENGTH) for name in PERCEPTRONS]
 JUST = pytest.mark.parametrize(("factor", "fits"), [(0.999, True), (1.001, False)], ids=["fits", "does not fit"])
 
 
@@ -154,18 +159,19 @@ def test_projections(name, projection, length, factor, fits, quiet):
 
 
 @JUST
-@pytest.mark.parametrize(("name", "length"), [(name, v) for name, _, _, v in GIVEN])
+@pytest.mark.parametrize(("name", "first", "second", "length"), IN_A_ROW)
 @torch.no_grad()
-def test_what_is_read(name, length, factor, fits, quiet):
-    attention = quiet.transformer.get_submodule(name)
-    row_of(attention.v_proj, 4.0)
-    row_of(attention.out_proj, factor * LARGEST / (4 * length))
+def test_layers_in_a_row(name, first, second, length, factor, fits, quiet):
+    part = quiet.transformer.get_submodule(name)
+    one, other = part.get_submodule(first), part.get_submodule(second)
+    row_of(one, 4.0)
+    row_of(other, factor * LARGEST / (4 * length))
     assert fits_float16(quiet) == fits
-    attention.v_proj.bias[100] = 4 * length  # which makes what is read twice as long
-    attention.out_proj.weight *= 0.5
+    one.bias[100] = 4 * length  # which makes its product twice as long
+    other.weight *= 0.5
     assert fits_float16(quiet) == fits
-    attention.out_proj.weight *= 0.5
-    attention.out_proj.bias[5] = factor * LARGEST / 2
+    other.weight *= 0.5
+    other.bias[5] = factor * LARGEST / 2
     assert fits_float16(quiet) == fits
 
 
@@ -191,22 +197,6 @@ def test_absorbed_projections(name, projection, other, factor, fits, quiet):
     first.bias[6] = 8 * length
     first.weight *= 0.5
     second.weight *= 2 / 3
-    assert fits_float16(quiet) == fits
-
-
-@JUST
-@pytest.mark.parametrize("layer", [0, 1])
-@torch.no_grad()
-def test_perceptrons(layer, factor, fits, quiet):
-    perceptron = quiet.transformer.layers[layer].mlp
-    row_of(perceptron.lin1, factor * LARGEST / LENGTH)
-    assert fits_float16(quiet) == fits
-    row_of(perceptron.lin1, 4 / LENGTH)
-    perceptron.lin1.bias[7] = 4.0
-    row_of(perceptron.lin2, factor * LARGEST / 8)
-    assert fits_float16(quiet) == fits
-    perceptron.lin2.weight *= 0.5
-    perceptron.lin2.bias[5] = factor * LARGEST / 2
     assert fits_float16(quiet) == fits
 
 
